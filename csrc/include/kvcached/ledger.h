@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// The account of one device, shared by every process that uses it: who was promised how many
+// bytes. Memory is promised here before it is taken from the driver, so the sum never exceeds the
+// device and running out is an answer, not a failure.
+//
+// The ledger is a file in shared memory that only its owner may open. A process may hold several
+// Ledger objects for one file; they act on each other as separate processes do. All of this may be
+// called from any thread.
+//
+// After fork the objects of the parent are unusable in the child (every call says so); the child
+// opens the ledger itself. After exec, as after death, the members of the process count as dead.
+// If the file is deleted while in use, join, attach and reap report it; leases already promised
+// stay valid among those that hold them.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <shared_mutex>
+#include <string>
+#include <vector>
+
+#include "kvcached/status.h"
+#include "kvcached/wait.h"
+
+namespace kvc {
+
+namespace ledger {
+class LedgerFile;
+class LockFd;
+struct Slot;
+}  // namespace ledger
+
+struct MemberInfo {
+  int slot = 0;
+  uint64_t generation = 0;
+  std::string name;
+  int64_t pid = 0;     // of the process that joined, in its own PID namespace
+  bool alive = false;  // some process of the member lives
+  uint64_t leased = 0;
+  uint64_t committed = 0;
+  uint64_t parked = 0;
+  uint64_t cached = 0;
+  uint64_t static_bytes = 0;
+  uint64_t demand = 0;
+  // Kept for policy; zero until something sets them.
+  uint64_t limit = 0;
+  uint64_t guarantee = 0;
+  uint64_t weight = 0;
+  uint64_t priority = 0;
+  double started = 0;  // seconds since the epoch
+};
+
+// One process's share in a member: a slot of the ledger that stays taken while any process that
+// joined or attached to it lives.
+class Member {
+ public:
+  ~Member();
+  Member(const Member&) = delete;
+  Member& operator=(const Member&) = delete;
+
+  int slot() const { return index_; }
+  uint64_t generation() const { return generation_; }
+
+  // All or nothing; `granted` false is "not now". Before it says no, the dead are reaped.
+  Status lease(int64_t bytes, bool& granted);
+  // As much as there is, up to `bytes`, in multiples of `quantum`.
+  Status lease_up_to(int64_t bytes, int64_t quantum, int64_t& granted);
+  // More than is leased is invalid_argument and changes nothing.
+  Status release(int64_t bytes);
+
+  // What the processes of the member take from the driver and give back. Wait-free but for other
+  // calls of this one: safe on the mapping path.
+  Status add_committed(int64_t delta);
+  Status set_parked(int64_t bytes);
+  Status set_cached(int64_t bytes);
+  Status set_static(int64_t bytes);
+  Status set_demand(int64_t bytes);
+
+  Status info(MemberInfo& out);
+  // Gives up this process's share; the last process of the member frees its slot and its leases.
+  // Everything but leave fails afterwards.
+  Status leave();
+
+ private:
+  friend class Ledger;
+  Member(std::shared_ptr<ledger::LedgerFile> file, std::unique_ptr<ledger::LockFd> life, int index,
+         uint64_t generation);
+  Status check_usable() const;
+  Status check_owned() const;
+  Status stay(Wait& wait, std::shared_lock<std::shared_mutex>& staying) const;
+  Status store(std::atomic<uint64_t> ledger::Slot::* field, int64_t bytes, const char* name);
+  Status grant(int64_t bytes, int64_t quantum, bool partial, int64_t& granted);
+
+  const std::shared_ptr<ledger::LedgerFile> file_;
+  const std::unique_ptr<ledger::LockFd> life_;  // holds the slot's byte
+  const int index_;
+  const uint64_t generation_;
+  // Shared by every use of the slot, exclusive in leave: the slot may be another's right after.
+  mutable std::shared_mutex leaving_;
+  std::atomic<bool> left_ = false;
+};
+
+class Ledger {
+ public:
+  // Opens the ledger at `path`, or creates it and the directory it is in. Without a capacity the
+  // file must exist and keeps its own; without a headroom an existing file keeps its own and a new
+  // one has none. Other numbers than the file's are refused while it has living members, and
+  // replace them otherwise. The directory must be the caller's own with mode 0700, the file 0600.
+  static Status open(const std::string& path, std::optional<int64_t> capacity,
+                     std::optional<int64_t> headroom, std::unique_ptr<Ledger>& out);
+
+  const std::string& path() const;
+  uint64_t capacity() const;
+  uint64_t headroom() const;
+  uint64_t external() const;
+  uint32_t version() const;
+  double create_time() const;
+
+  // Tells the ledger how many bytes the driver says are in use; what members have not committed of
+  // that counts as external.
+  Status set_device_used(int64_t bytes);
+  // What could be leased now: capacity less headroom, leases, and the larger of the external use
+  // and the members' own static use.
+  Status available(uint64_t& bytes);
+  Status total_leased(uint64_t& bytes);
+  Status total_demand(int except_slot, uint64_t& bytes);
+  Status members(std::vector<MemberInfo>& out);
+  // Frees the slots of members no process of which lives; their leases return.
+  Status reap(std::vector<MemberInfo>& out);
+
+  Status join(const std::string& name, int64_t static_bytes, std::unique_ptr<Member>& out);
+  // A further process of a member, a worker say.
+  Status attach(int slot, uint64_t generation, std::unique_ptr<Member>& out);
+
+ private:
+  explicit Ledger(std::shared_ptr<ledger::LedgerFile> file) : file_(std::move(file)) {}
+  Status take_byte(int slot, std::unique_ptr<ledger::LockFd>& out);
+
+  const std::shared_ptr<ledger::LedgerFile> file_;
+};
+
+}  // namespace kvc

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+// Applies commits and decommits to an arena, in the background where they can wait.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <span>
+#include <thread>
+#include <vector>
+
+#include "kvcached/arena.h"
+
+namespace kvc {
+
+// One background thread runs what is queued in order, one at a time. commit_now runs on the
+// caller's thread; it waits for every commit queued before it and for every decommit that shares a
+// page with it (so that pages come and go in the order they were promised), but passes other
+// decommits: these wait for the device, which an engine's next step must not.
+//
+// A queued call that fails has changed nothing, and whoever queued it no longer knows what is
+// committed. So its error is kept, with the code `lost`, and returned by the next call of any
+// method but stop, which does nothing else then. Thread-safe.
+class Mapper {
+ public:
+  // A commit for which physical memory is short is tried again for as long as `retry`: another
+  // process may be about to give back what was leased to this one. `on_freed`, from either thread,
+  // is told the bytes that Arena says are freed.
+  using OnFreed = std::function<void(std::size_t bytes)>;
+  explicit Mapper(Arena& arena, std::chrono::milliseconds retry = {}, OnFreed on_freed = {});
+  Mapper(const Mapper&) = delete;
+  Mapper& operator=(const Mapper&) = delete;
+  ~Mapper() { stop(); }
+
+  Status commit_now(std::span<const BlockRange> ranges);
+  Status commit_ahead(std::span<const BlockRange> ranges);
+  // Decommits once all device work issued by then is done.
+  Status decommit_later(std::span<const BlockRange> ranges);
+
+  Status wait_commits();
+  Status drain();
+  Status take_error();
+  // Finishes what is queued, without further retries, and ends the thread.
+  void stop();
+
+  std::size_t pending() const;
+
+ private:
+  enum class Kind { commit, decommit };
+  struct Job {
+    Kind kind;
+    std::vector<BlockRange> ranges;
+  };
+  using Lock = std::unique_lock<std::mutex>;
+
+  Status enqueue(Kind kind, std::span<const BlockRange> ranges);
+  // How many jobs must have been done before whatever the predicate chooses is done.
+  template <typename Chosen>
+  std::uint64_t ticket(Chosen chosen) const;
+  Status wait_for(Lock& lock, std::uint64_t ticket);
+  bool share_a_page(std::span<const BlockRange> a, std::span<const BlockRange> b) const;
+  void freed(std::size_t bytes) const;
+  Status commit_with_retry(std::span<const BlockRange> ranges);
+  Status run(const Job& job);
+  void work();
+
+  Arena& arena_;
+  const std::chrono::milliseconds retry_;
+  const OnFreed on_freed_;
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;  // a job was queued or done, or stop was asked for
+  std::deque<Job> queue_;            // the job at work is still at the front
+  std::uint64_t done_ = 0;
+  bool stopping_ = false;
+  Status kept_;
+  std::thread thread_;  // last: it uses all of the above
+};
+
+}  // namespace kvc

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "kvcached/mapper.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace kvc {
+
+Mapper::Mapper(Arena& arena, std::chrono::milliseconds retry, OnFreed on_freed)
+    : arena_(arena), retry_(retry), on_freed_(std::move(on_freed)), thread_([this] { work(); }) {}
+
+bool Mapper::share_a_page(std::span<const BlockRange> a, std::span<const BlockRange> b) const {
+  const Geometry& geometry = arena_.geometry();
+  return std::any_of(a.begin(), a.end(), [&](const BlockRange& x) {
+    if (x.size() <= 0) return false;  // the arena will refuse it
+    const PageRun mine = geometry.pages_of(x);
+    return std::any_of(b.begin(), b.end(), [&](const BlockRange& y) {
+      if (y.size() <= 0) return false;
+      const PageRun other = geometry.pages_of(y);
+      return mine.begin < other.end && other.begin < mine.end;
+    });
+  });
+}
+
+void Mapper::freed(std::size_t bytes) const {
+  if (bytes != 0 && on_freed_) on_freed_(bytes);
+}
+
+Status Mapper::commit_now(std::span<const BlockRange> ranges) {
+  {
+    Lock lock(mutex_);
+    Status status = wait_for(lock, ticket([this, ranges](const Job& job) {
+                               return job.kind == Kind::commit || share_a_page(job.ranges, ranges);
+                             }));
+    if (!status.ok()) return status;
+  }
+  return commit_with_retry(ranges);
+}
+
+Status Mapper::commit_ahead(std::span<const BlockRange> ranges) {
+  return enqueue(Kind::commit, ranges);
+}
+
+Status Mapper::decommit_later(std::span<const BlockRange> ranges) {
+  return enqueue(Kind::decommit, ranges);
+}
+
+Status Mapper::wait_commits() {
+  Lock lock(mutex_);
+  return wait_for(lock, ticket([](const Job& job) { return job.kind == Kind::commit; }));
+}
+
+Status Mapper::drain() {
+  Lock lock(mutex_);
+  return wait_for(lock, ticket([](const Job&) { return true; }));
+}
+
+Status Mapper::take_error() {
+  Lock lock(mutex_);
+  return std::exchange(kept_, {});
+}
+
+void Mapper::stop() {
+  {
+    Lock lock(mutex_);
+    stopping_ = true;
+  }
+  changed_.notify_all();
+  if (thread_.joinable()) thread_.join();
+}
+
+std::size_t Mapper::pending() const {
+  Lock lock(mutex_);
+  return queue_.size();
+}
+
+Status Mapper::enqueue(Kind kind, std::span<const BlockRange> ranges) {
+  {
+    Lock lock(mutex_);
+    if (!kept_.ok()) return std::exchange(kept_, {});
+    if (stopping_) return Status::error(Code::invalid_argument, "the mapper is stopped");
+    queue_.push_back({kind, {ranges.begin(), ranges.end()}});
+  }
+  changed_.notify_all();
+  return {};
+}
+
+template <typename Chosen>
+std::uint64_t Mapper::ticket(Chosen chosen) const {
+  for (std::size_t i = queue_.size(); i > 0; --i) {
+    if (chosen(queue_[i - 1])) return done_ + i;
+  }
+  return done_;
+}
+
+Status Mapper::wait_for(Lock& lock, std::uint64_t ticket) {
+  changed_.wait(lock, [&] { return done_ >= ticket; });
+  return std::exchange(kept_, {});
+}
+
+Status Mapper::commit_with_retry(std::span<const BlockRange> ranges) {
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point deadline = Clock::now() + retry_;
+  Clock::duration pause = std::chrono::milliseconds(1);
+  for (;;) {
+    std::size_t spared = 0;
+    Status status = arena_.commit(ranges, &spared);
+    freed(spared);
+    const Clock::time_point now = Clock::now();
+    if (status.code != Code::out_of_memory || now >= deadline) return status;
+    Lock lock(mutex_);
+    // A decommit of our own that gets done may be all that is missing.
+    const std::uint64_t before = done_;
+    changed_.wait_until(lock, std::min(now + pause, deadline),
+                        [&] { return stopping_ || done_ != before; });
+    if (stopping_) return status;
+    pause = std::min<Clock::duration>(pause * 2, std::chrono::milliseconds(50));
+  }
+}
+
+Status Mapper::run(const Job& job) {
+  if (job.kind == Kind::commit) return commit_with_retry(job.ranges);
+  if (Status status = arena_.backend().fence(); !status.ok()) return status;
+  std::size_t returned = 0;
+  Status status = arena_.decommit(job.ranges, &returned);
+  freed(returned);
+  return status;
+}
+
+void Mapper::work() {
+  Lock lock(mutex_);
+  for (;;) {
+    changed_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
+    if (queue_.empty()) return;
+    const Job& job = queue_.front();  // a deque's elements stay put while others are added
+    lock.unlock();
+    Status status = run(job);
+    lock.lock();
+    if (!status.ok() && kept_.ok()) {
+      const char* kind = job.kind == Kind::commit ? "commit" : "decommit";
+      kept_ = Status::error(Code::lost, std::string("a queued ") + kind + " failed: " + status.what,
+                            status.driver_code);
+    }
+    queue_.pop_front();
+    ++done_;
+    changed_.notify_all();
+  }
+}
+
+}  // namespace kvc

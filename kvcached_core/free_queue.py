@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The free queue of an engine whose memory grows and shrinks.
+
+It stands where the engine's own free-block queue stands and keeps its order of
+preference: blocks freed without content, then blocks never used, then cached
+blocks in least-recently-used order.  The difference is where they come from:
+the first two are the block allocator's, which knows pages, and only the cached
+ones are a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from .scheduler import ElasticScheduler
+
+
+class Block(Protocol):
+    """What this module needs of the engine's block object."""
+
+    block_id: int
+    next_free_block: Any
+
+    @property
+    def block_hash(self) -> Any: ...
+
+
+class BlockList(Protocol):
+    """The engine's own linked list, here for cached blocks only."""
+
+    num_free_blocks: int
+    fake_free_list_head: Any
+    fake_free_list_tail: Any
+
+    def popleft(self) -> Any: ...
+    def popleft_n(self, n: int) -> list[Any]: ...
+    def remove(self, block: Any) -> None: ...
+    def append(self, block: Any) -> None: ...
+    def append_n(self, blocks: list[Any]) -> None: ...
+    def get_all_free_blocks(self) -> list[Any]: ...
+
+
+class ElasticFreeQueue:
+    """Free blocks of an elastic pool; drop-in for the engine's free queue.
+
+    Args:
+        scheduler: grows and shrinks the committed part of the pool.
+        blocks: the engine's block objects, indexed by block id; id 0 is the null block.
+        cached: an empty instance of the engine's own queue, for cached blocks.
+        evict: removes a block from the prefix cache (and emits its events).
+    """
+
+    def __init__(
+        self,
+        scheduler: ElasticScheduler,
+        blocks: Sequence[Any],
+        cached: BlockList,
+        evict: Callable[[Any], object],
+    ) -> None:
+        self._scheduler = scheduler
+        self._allocator = scheduler.allocator
+        self._blocks = blocks
+        self._cached = cached
+        self._evict = evict
+        self._null_block_taken = False
+
+    # -- counts ---------------------------------------------------------------
+
+    @property
+    def num_cached(self) -> int:
+        """Free blocks that still hold a reusable prefix."""
+        return self._cached.num_free_blocks
+
+    @property
+    def num_ready(self) -> int:
+        """Free blocks that can be handed out with no lease."""
+        return self._allocator.num_clean + self._cached.num_free_blocks
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Free blocks, with those the ledgers could back right now.
+
+        An estimate for admission: another engine may take the memory first.
+        :meth:`ensure` is the promise.
+        """
+        return self.num_ready + self._scheduler.growable_blocks()
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks that are referenced, the null block among them."""
+        return self._allocator.num_live - self._cached.num_free_blocks
+
+    def usage(self) -> float:
+        """Used share of what this engine could have now, 0 to 1, without the null block.
+
+        It reaches 1 exactly when nothing more can be admitted, whatever the
+        size of the virtual range.
+        """
+        used = self.num_used_blocks - 1
+        reachable = used + self.num_free_blocks
+        return used / reachable if reachable else 0.0
+
+    def ensure(self, num_blocks: int, computed: Sequence[Sequence[Any]] = ()) -> bool:
+        """Make sure ``num_blocks`` can be taken now; lease and grow as needed.
+
+        Args:
+            num_blocks: blocks the engine is about to take, including those of
+                ``computed`` that are free.
+            computed: prefix-cache hits, per group; the free ones are taken out of
+                the cached list rather than allocated, so they need no growth.
+
+        Returns:
+            True if they are there. False is a scheduling answer: not now.
+        """
+        hits = sum(b.ref_cnt == 0 and not b.is_null for group in computed for b in group)
+        wanted = num_blocks - hits
+        missing = wanted - self._allocator.num_clean
+        if missing > 0:
+            self._scheduler.grow(missing)
+        available = self.num_ready - hits
+        if wanted > available:
+            self.note_shortage(wanted - available)
+            return False
+        return True
+
+    def note_shortage(self, num_blocks: int) -> None:
+        """The engine wants that many blocks more than there are: tell the others."""
+        self._scheduler.note_shortage(num_blocks)
+
+    # -- the engine's queue interface -----------------------------------------
+
+    def popleft(self) -> Any:
+        if not self._null_block_taken:
+            # The pool asks for its null block first; it is committed and live
+            # in the allocator from the start.
+            self._null_block_taken = True
+            return self._blocks[0]
+        if not self.ensure(1):
+            raise ValueError("No free blocks available")
+        return self.popleft_n(1)[0]
+
+    def popleft_n(self, n: int) -> list[Any]:
+        if n > self._allocator.num_clean:
+            self._scheduler.grow(n - self._allocator.num_clean)
+        take = min(n, self._allocator.num_clean)
+        blocks = self._blocks
+        taken = [blocks[block_id] for block_id in self._allocator.allocate(take)]
+        if take < n:
+            taken += self._cached.popleft_n(n - take)
+        return taken
+
+    def remove(self, block: Any) -> None:
+        self._cached.remove(block)
+
+    def append(self, block: Any) -> None:
+        self._cached.append(block)
+
+    def append_n(self, blocks: list[Any]) -> None:
+        self._cached.append_n(blocks)
+
+    def prepend_n(self, blocks: list[Any]) -> None:
+        if blocks:
+            self._allocator.free([block.block_id for block in blocks])
+
+    def get_all_free_blocks(self) -> list[Any]:
+        """Free blocks in the order they would be taken, as far as it is decided."""
+        self._scheduler.grow(self._allocator.num_uncommitted)
+        clean = [self._blocks[block_id] for block_id in self._allocator.free_order()]
+        return clean + self._cached.get_all_free_blocks()
+
+    @property
+    def fake_free_list_head(self) -> Any:
+        return self._cached.fake_free_list_head
+
+    @property
+    def fake_free_list_tail(self) -> Any:
+        return self._cached.fake_free_list_tail
+
+    # -- giving memory back ---------------------------------------------------
+
+    def sweep(self) -> None:
+        """Hand blocks that lost their cached content back to the allocator.
+
+        The engine drops hashes in place (a reset, or a connector's bad load);
+        the oldest entry tells in O(1) whether there is anything to do.
+        """
+        oldest = self._cached.fake_free_list_head.next_free_block
+        freed = []
+        while oldest is not self._cached.fake_free_list_tail and oldest.block_hash is None:
+            freed.append(self._cached.popleft().block_id)
+            oldest = self._cached.fake_free_list_head.next_free_block
+        if freed:
+            self._allocator.free(freed)
+
+    def evict_until(self, parked_pages: int) -> None:
+        """Evict least recently used prefixes until that many pages hold nothing."""
+        while self._cached.num_free_blocks and self._allocator.parked_pages < parked_pages:
+            block = self._cached.popleft()
+            self._evict(block)
+            self._allocator.free([block.block_id])

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the vLLM patches call.
+
+Nothing here imports vLLM: the patches hand their objects in, so this module is
+the same for every pinned release and is tested without the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ._core import Backend, Ledger
+from .accounts import Account
+from .config import Config, ConfigError
+from .devices import (
+    defaults,
+    describe,
+    open_backend,
+    open_usage,
+    page_size,
+    prepare_ledger_dir,
+)
+from .free_queue import ElasticFreeQueue
+from .plan import ArenaShape, RankDevice, WorkerBinding
+from .scheduler import ElasticScheduler
+from .units import format_size
+from .usage import DeviceUsage
+from .worker import WorkerArena
+
+# Below the engine's own logger, so that its handlers and levels apply.
+logger = logging.getLogger("vllm.kvcached")
+
+__all__ = [
+    "ElasticFreeQueue",
+    "ElasticScheduler",
+    "VllmWorker",
+    "attach",
+    "check_supported",
+    "standalone",
+]
+
+# Attention backends whose kernels find a block by the tensor's own stride. Others
+# assume that blocks are packed and would read their neighbours' bytes.
+_STRIDED_BACKENDS = frozenset(
+    {
+        "CPU_ATTN",
+        "CUTLASS_MLA",
+        "FLASHINFER",
+        "FLASHINFER_MLA",
+        "FLASHMLA",
+        "FLASH_ATTN",
+        "FLASH_ATTN_DIFFKV",
+        "FLASH_ATTN_MLA",
+        "TRITON_ATTN",
+        "TRITON_MLA",
+    }
+)
+
+
+def load_config(vllm_config: Any) -> Config:
+    """The settings of this engine: environment, then ``--kvcached-config``."""
+    return Config.load(vllm_config.cache_config.kvcached_config)
+
+
+def check_supported(vllm_config: Any) -> None:
+    """Refuse what an elastic KV cache cannot do yet, at start, with the remedy.
+
+    Raises:
+        ConfigError: one line per obstacle.
+    """
+    load_config(vllm_config)
+    parallel = vllm_config.parallel_config
+    cache = vllm_config.cache_config
+    reasons = []
+    device = str(vllm_config.device_config.device_type)
+    if device not in ("cuda", "cpu"):
+        reasons.append(f"device type {device!r} has no page backend; use CUDA, ROCm or CPU")
+    if vllm_config.kv_transfer_config is not None:
+        name = vllm_config.kv_transfer_config.kv_connector
+        reasons.append(
+            f"KV connector {name!r} addresses or registers the whole KV cache, which is mapped "
+            "only in part; drop --kv-transfer-config (or --kv-offloading-size)"
+        )
+    model = vllm_config.model_config
+    if model is not None and getattr(model, "enable_sleep_mode", False):
+        reasons.append("sleep mode moves the whole KV cache; drop --enable-sleep-mode")
+    if parallel.nnodes > 1:
+        reasons.append("engines over several nodes have no common ledger; use one node")
+    if parallel.distributed_executor_backend == "ray":
+        reasons.append("Ray workers are not members of the ledger; use the mp executor")
+    if str(cache.cache_dtype).endswith("per_token_head"):
+        reasons.append(
+            f"--kv-cache-dtype {cache.cache_dtype} initialises every block at start; "
+            "use auto or fp8"
+        )
+    if reasons:
+        raise ConfigError(
+            "kvcached was asked for (ENABLE_KVCACHED or --enable-kvcached) and cannot run:\n"
+            + "\n".join(f"  - {reason}" for reason in reasons)
+            + "\nOr switch it off: unset ENABLE_KVCACHED."
+        )
+
+
+class VllmWorker:
+    """One vLLM worker's side: its device before the KV cache exists, its arena after.
+
+    Args:
+        vllm_config: the engine's configuration.
+        ordinal: device ordinal as this process sees it; ignored on the CPU.
+        is_rocm: whether a ``cuda`` device type is a ROCm device.
+    """
+
+    def __init__(self, vllm_config: Any, ordinal: int | None, is_rocm: bool = False) -> None:
+        self.config = load_config(vllm_config)
+        device = str(vllm_config.device_config.device_type)
+        self.kind = "host" if device == "cpu" else "hip" if is_rocm else "cuda"
+        self.layout = self.config.layout
+        self._backend: Backend = open_backend(self.kind, ordinal or 0, self.config)
+        self._arena: WorkerArena | None = None
+        self.static_bytes = 0
+
+    def virtual_bytes(self, limit: int, world_size: int = 1) -> int:
+        """The KV bytes this rank may ever have: virtual, so it costs nothing to be generous.
+
+        Args:
+            limit: what the engine would have reserved on an empty device.
+            world_size: ranks that share the device's memory (host backend).
+        """
+        if self.kind == "host":
+            limit = min(limit, self.config.capacity // world_size)
+        if self.config.max_kv is not None:
+            limit = min(limit, self.config.max_kv)
+        return limit
+
+    def describe(self) -> RankDevice:
+        return describe(self._backend, self.kind, self.config, self.static_bytes)
+
+    def open_arena(self, binding: WorkerBinding) -> WorkerArena:
+        self._arena = WorkerArena(self._backend, binding)
+        return self._arena
+
+    def check_backends(self, names: Iterable[str]) -> None:
+        """Refuse attention backends that ignore the block stride.
+
+        Raises:
+            ConfigError: names the backend and the way out.
+        """
+        wrong = sorted(set(names) - _STRIDED_BACKENDS)
+        if wrong and self.layout == "block":
+            raise ConfigError(
+                f"attention backend {', '.join(wrong)} does not read KV blocks by their stride, "
+                "which kvcached's block-major layout needs; choose another with "
+                "--attention-backend (e.g. FLASH_ATTN, FLASHINFER, TRITON_ATTN), or set "
+                "KVCACHED_LAYOUT=layer"
+            )
+
+    def before_step(self, scheduler_output: Any) -> None:
+        """Apply the step's list; a step without one is the engine's own warm-up."""
+        if self._arena is None:
+            return
+        ops = scheduler_output.kvcached_ops
+        if ops is not None:
+            self._arena.apply(ops)
+        else:
+            self._arena.warm_up(_named_blocks(scheduler_output))
+
+    def close(self) -> None:
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+
+
+def _named_blocks(scheduler_output: Any) -> set[int]:
+    """All block ids a scheduler output mentions."""
+    tables = [request.block_ids for request in scheduler_output.scheduled_new_reqs]
+    tables += [t for t in scheduler_output.scheduled_cached_reqs.new_block_ids if t is not None]
+    return {block for table in tables for group in table for block in group}
+
+
+def attach(
+    vllm_config: Any, kv_cache_configs: Sequence[Any], devices: Sequence[RankDevice]
+) -> ElasticScheduler | None:
+    """Join the ledgers of all ranks and bind every rank's KV cache to them.
+
+    Sets ``kv_cache_configs[rank].elastic`` to the rank's :class:`WorkerBinding`.
+
+    Args:
+        vllm_config: the engine's configuration.
+        kv_cache_configs: one per rank, as the engine planned them.
+        devices: one per rank, as :meth:`VllmWorker.describe` gave them.
+
+    Returns:
+        The scheduler half, or None for a model without a KV cache.
+
+    Raises:
+        ConfigError: the memory is not there or the plan does not fit the layout.
+    """
+    config = load_config(vllm_config)
+    shapes = [
+        _shape(kv_cache_config, device, config)
+        for kv_cache_config, device in zip(kv_cache_configs, devices, strict=True)
+    ]
+    used = [shape for shape in shapes if shape is not None]
+    if not used:
+        return None
+    distinct = sorted(set(used), key=lambda s: s.block_bytes * s.segments, reverse=True)
+    directory = prepare_ledger_dir(config)
+    accounts: dict[str, Account] = {}
+    usages: dict[str, DeviceUsage | None] = {}
+    for device in devices:
+        if device.key in accounts:
+            continue
+        ranks = [
+            shape
+            for shape, other in zip(shapes, devices, strict=True)
+            if other.key == device.key and shape is not None
+        ]
+        headroom = config.headroom
+        if headroom is None:
+            headroom = defaults(device.kind).headroom
+        ledger = Ledger(str(directory / f"{device.key}.ledger"), device.total_bytes, headroom)
+        static = sum(d.static_bytes for d in devices if d.key == device.key)
+        accounts[device.key] = Account(
+            ledger=ledger,
+            member=ledger.join(config.name, static),
+            page_cost=tuple(ranks.count(s) * s.page_bytes * s.segments for s in distinct),
+            block_cost=sum(s.block_bytes * s.segments for s in ranks),
+        )
+        usages[device.key] = open_usage(device)
+    for kv_cache_config, shape, device in zip(kv_cache_configs, shapes, devices, strict=True):
+        account = accounts[device.key]
+        if shape is not None:
+            kv_cache_config.elastic = WorkerBinding(
+                shape=shape,
+                ledger_path=account.ledger.path,
+                capacity_bytes=account.ledger.capacity,
+                headroom_bytes=account.ledger.headroom,
+                slot=account.member.slot,
+                generation=account.member.generation,
+                retry_ms=config.retry_ms,
+                zero_recycled=bool(kv_cache_config.has_mamba_layers),
+            )
+    ahead = config.commit_ahead
+    if ahead is None:
+        ahead = defaults(devices[0].kind).commit_ahead
+    for account in accounts.values():
+        logger.info(
+            "Elastic KV cache: member %r of %s, %s free of %s",
+            config.name,
+            account.ledger.path,
+            format_size(account.ledger.available()),
+            format_size(account.ledger.capacity),
+        )
+    for shape in distinct:
+        logger.info(
+            "Elastic KV cache: %d virtual blocks of %s in pages of %s (%s-major)",
+            shape.num_blocks,
+            format_size(shape.block_bytes * shape.segments),
+            format_size(shape.page_bytes),
+            config.layout,
+        )
+    try:
+        return ElasticScheduler(
+            kv_cache_configs[0].num_blocks,
+            distinct,
+            list(accounts.values()),
+            parked_bytes=ahead if config.parked is None else config.parked,
+            ahead_bytes=ahead,
+            decay_s=config.parked_decay_ms / 1000,
+            usages=list(usages.values()),
+        )
+    except MemoryError as error:
+        state = "; ".join(
+            f"{account.ledger.path}: {format_size(account.ledger.available())} free, held by "
+            + (", ".join(f"{m.name} {format_size(m.leased)}" for m in account.ledger.members()))
+            for account in accounts.values()
+        )
+        raise ConfigError(
+            f"kvcached cannot start: {error} ({state}). Free memory on the device, or lower "
+            "KVCACHED_HEADROOM"
+        ) from None
+
+
+def _shape(kv_cache_config: Any, device: RankDevice, config: Config) -> ArenaShape | None:
+    tensors = kv_cache_config.kv_cache_tensors
+    if not tensors:
+        return None
+    num_blocks = int(kv_cache_config.num_blocks)
+    size = page_size(device, config)
+    if config.layout == "block":
+        return ArenaShape(num_blocks, int(tensors[0].block_stride), size)
+    strides = {int(tensor.size) // num_blocks for tensor in tensors}
+    if len(strides) > 1:
+        raise ConfigError(
+            "KVCACHED_LAYOUT=layer needs layers with KV blocks of one size; this model has "
+            f"{sorted(strides)} bytes. Use KVCACHED_LAYOUT=block"
+        )
+    return ArenaShape(num_blocks, strides.pop(), size, segments=len(tensors))
+
+
+def standalone(num_blocks: int) -> ElasticScheduler:
+    """A scheduler half that shares with nobody and has memory for every block.
+
+    For block pools that no engine owns (simulators, the engine's own unit
+    tests): same code, no ledger.
+    """
+    page = os.sysconf("SC_PAGE_SIZE")
+    return ElasticScheduler(num_blocks, [ArenaShape(num_blocks, page, page)], [])

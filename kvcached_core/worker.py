@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker half: one rank's arena, and the step's list applied to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._core import Arena, Backend, Geometry, Ledger, Mapper, PagePool
+from .plan import BlockRanges, StepOps, WorkerBinding
+
+
+class WorkerArena:
+    """The KV memory of one rank.
+
+    All pages but the null block's are unmapped at first; touching a block that
+    is not committed faults.
+
+    Args:
+        backend: the device's memory.
+        binding: what the scheduler half decided for this rank.
+
+    Raises:
+        VmmError: the driver refused, or the member is gone from the ledger.
+    """
+
+    def __init__(self, backend: Backend, binding: WorkerBinding) -> None:
+        shape = binding.shape
+        self.binding = binding
+        self._backend = backend
+        self._ledger = Ledger(binding.ledger_path, binding.capacity_bytes, binding.headroom_bytes)
+        self._member = self._ledger.attach(binding.slot, binding.generation)
+        self._geometry = Geometry(
+            shape.block_bytes, shape.page_bytes, shape.num_blocks, shape.segments
+        )
+        # No ready handles: a page that leaves the arena leaves the process, so
+        # that what the ledger calls free is free. Reuse happens while parked.
+        self._pool = PagePool(backend, shape.page_bytes, 0, on_change=self._member)
+        self._arena = Arena(backend, self._pool, self._geometry, binding.zero_recycled)
+        self._mapper = Mapper(self._arena, binding.retry_ms, on_freed=self._member)
+        self._warm: BlockRanges = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WorkerArena:
+        return self  # Engines copy their cache configuration; the memory is one.
+
+    @property
+    def committed_bytes(self) -> int:
+        return int(self._arena.committed_bytes)
+
+    def raw_tensor(self, segment: int = 0) -> Any:
+        """One segment's memory as a DLPack object: int8, shape ``[num_blocks * block_bytes]``."""
+        shape = self.binding.shape
+        return self._arena.dlpack(
+            [shape.num_blocks * shape.block_bytes],
+            [1],
+            "int8",
+            segment * self._arena.segment_stride,
+        )
+
+    def apply(self, ops: StepOps) -> None:
+        """Back what the step may touch, and give up what no later step does.
+
+        Must be called before the step's first kernel is launched, on every
+        rank, in the order the scheduler made the lists.
+
+        Raises:
+            VmmError: leased memory could not be had within ``retry_ms``; nothing of
+                the failed list is committed.
+        """
+        if self._warm:
+            self._end_warm_up()
+        if ops.commit:
+            self._mapper.commit_now(ops.commit)
+        else:
+            self._mapper.wait_commits()
+        if ops.commit_ahead:
+            self._mapper.commit_ahead(ops.commit_ahead)
+        if ops.decommit:
+            self._mapper.decommit_later(ops.decommit)
+
+    def warm_up(self, block_ids: set[int]) -> None:
+        """Back blocks for the engine's own warm-up, before any scheduler exists.
+
+        Raises:
+            MemoryError: the ledger has no room for them.
+        """
+        wanted = _ranges(block_ids - {0} - _ids(self._warm))
+        if not wanted:
+            return
+        page_bytes = self.binding.shape.page_bytes * self.binding.shape.segments
+        pages_of = self._geometry.pages_of
+        most = sum(pages_of(end - 1)[1] - pages_of(start)[0] for start, end in wanted)
+        if not self._member.lease(most * page_bytes):
+            raise MemoryError(
+                f"the engine's warm-up needs {most * page_bytes} bytes of KV memory and the "
+                f"ledger {self._ledger.path} has {self._ledger.available()}: free memory on the "
+                "device or lower the warm-up batch (max_num_batched_tokens, max_num_seqs)"
+            )
+        before = self.committed_bytes
+        self._mapper.commit_now(wanted)
+        self._member.release(most * page_bytes - (self.committed_bytes - before))
+        self._warm += wanted
+
+    def _end_warm_up(self) -> None:
+        self._mapper.decommit_later(self._warm)
+        self._warm = []
+
+    def close(self) -> None:
+        """Unmap everything and leave the ledger."""
+        self._mapper.stop()
+        self._arena.close()
+        self._member.leave()
+
+
+def _ids(ranges: BlockRanges) -> set[int]:
+    return {block for start, end in ranges for block in range(start, end)}
+
+
+def _ranges(block_ids: set[int]) -> BlockRanges:
+    ranges: BlockRanges = []
+    for block in sorted(block_ids):
+        if ranges and ranges[-1][1] == block:
+            ranges[-1] = (ranges[-1][0], block + 1)
+        else:
+            ranges.append((block, block + 1))
+    return ranges
