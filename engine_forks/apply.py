@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""apply: a git work tree of the pinned release with one commit per patch."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path
+
+from engine_forks import git
+from engine_forks.errors import ForkError
+from engine_forks.pin import Pin
+from engine_forks.series import read_series
+
+# --keep-non-patch: a subject's own [brackets] belong to it. --keep-cr: so do line ends.
+_AM = ("am", "--quiet", "--keep-non-patch", "--keep-cr", "--no-gpg-sign")
+
+
+def apply(pin: Pin, archive: Path, tree: Path, *, force: bool = False) -> list[str]:
+    """Makes `tree` from `archive` and applies the series; returns the commits, base first."""
+    if tree.exists():
+        if not force:
+            raise ForkError(
+                f"{tree} exists and may hold work: export or move it, or use --force to replace it"
+            )
+        shutil.rmtree(tree)
+    commits = [make_base(pin, archive, tree)]
+    for patch in read_series(pin.patches):
+        try:
+            am(tree, patch)
+        except git.GitError as error:
+            git.git(tree, "am", "--abort")
+            raise ForkError(
+                f"{patch.name} does not apply to {pin.name} exactly as written; {tree} has the"
+                f" patches before it.\n{error.output}"
+            ) from error
+        commits.append(git.git(tree, "rev-parse", "HEAD").strip())
+    return commits
+
+
+def am(tree: Path, *patches: Path, three_way: bool = False) -> None:
+    """Applies mailed patches. Without `three_way` the context must match to the letter."""
+    mode = ("--3way",) if three_way else ("--no-3way",)
+    git.git(tree, *_AM, *mode, *(str(patch.resolve()) for patch in patches))
+
+
+def make_base(pin: Pin, archive: Path, tree: Path) -> str:
+    """Unpacks the pristine release into a new repository with one commit, tagged `base`."""
+    unpack(archive, tree)
+    git.init(tree)
+    base = git.commit_all(tree, f"{pin.engine} {pin.version} as released")
+    git.git(tree, "tag", git.BASE_TAG)
+    return base
+
+
+def unpack(archive: Path, tree: Path) -> None:
+    """Unpacks a source archive without its top folder; `tree` must not exist."""
+    tree.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=tree.parent, prefix=".unpack-") as scratch:
+        with tarfile.open(archive) as tar:
+            tar.extractall(scratch, filter="data")
+        tops = list(Path(scratch).iterdir())
+        if len(tops) != 1 or not tops[0].is_dir():
+            raise ForkError(f"{archive.name} is not a source archive with one top folder")
+        tops[0].rename(tree)
