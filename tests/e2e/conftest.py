@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines for the end-to-end tests: started once, shared by all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.elastic import elastic_env, ledger_path
+from tests.support.engines import EngineHost, Flavor, Job, Result, engine_folder
+from tests.support.prompts import TWIN_LENGTH, mixed_batches, twins
+from tests.support.server import Server
+from tests.support.tiny_model import GEMMA3, LLAMA, make_tiny_model
+
+MIB = 1 << 20
+PAIRS = 8
+CAPACITY = 48 * MIB
+SERVER_PAGE = 256 << 10  # One block of the tiny Llama.
+SERVER_PARKED = 1 * MIB
+SERVER_ARGS = (
+    "--dtype=float32",
+    "--enforce-eager",
+    "--max-model-len=4096",
+    "--max-num-seqs=64",
+    "--max-num-batched-tokens=2048",
+    f"--kv-cache-memory-bytes={512 * MIB}",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _engine_is_there() -> None:
+    if engine_folder("patched") is None:
+        pytest.skip("needs a patched engine: set ENGINE_PATCHED to its folder, or use `nox -s e2e`")
+
+
+@dataclass(frozen=True)
+class Models:
+    """Model directories."""
+
+    llama: Path
+    gemma: Path
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    folder = tmp_path_factory.mktemp("models")
+    return Models(
+        make_tiny_model(folder / "llama", LLAMA), make_tiny_model(folder / "gemma3", GEMMA3)
+    )
+
+
+def _host(flavor: Flavor, factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
+    host = EngineHost(flavor, factory.mktemp(f"{flavor}-host"))
+    yield host
+    host.close()
+
+
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
+    """Runs jobs on the stock engine."""
+    yield from _host("stock", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def patched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
+    """Runs jobs on the patched engine."""
+    yield from _host("patched", tmp_path_factory)
+
+
+LLAMA_BATCHES = [*mixed_batches(), twins(PAIRS)]
+GEMMA_BATCHES = [*mixed_batches(batches=2), twins(PAIRS)]
+
+
+class References:
+    """What the stock engine answers, computed once, while other tests go on."""
+
+    def __init__(self, host: EngineHost, models: Models) -> None:
+        self._runs: dict[str, Future[Result]] = {
+            "llama": host.submit(Job(models.llama, LLAMA_BATCHES)),
+            "gemma": host.submit(Job(models.gemma, GEMMA_BATCHES)),
+        }
+
+    def __getitem__(self, model: str) -> Result:
+        result = self._runs[model].result().require()
+        folder = engine_folder("patched")
+        assert folder is not None and not result.vllm.startswith(str(folder))
+        check_far_tokens_matter(result)
+        return result
+
+
+def check_far_tokens_matter(result: Result) -> None:
+    """Without this every comparison of tokens would be empty: see `tiny_model`."""
+    answers = result.tokens[-2 * PAIRS :]
+    equal = sum(a == b for a, b in zip(answers[::2], answers[1::2], strict=True))
+    assert equal == 0, f"{equal} of {PAIRS} answers ignore what is {TWIN_LENGTH} tokens back"
+    flat = [token for answer in result.tokens for token in answer]
+    assert len(set(flat)) > 500, f"only {len(set(flat))} different tokens"
+
+
+@pytest.fixture(scope="session")
+def references(stock: EngineHost, models: Models) -> References:
+    return References(stock, models)
+
+
+class Pair:
+    """Two servers on one ledger that is smaller than what both would take.
+
+    `plain` keeps nothing when idle; `caching` keeps its prefix cache until somebody needs the
+    memory.
+    """
+
+    def __init__(self, models: Models, folder: Path) -> None:
+        self._model = models.llama
+        self.folder = folder
+        self.ledger = ledger_path(folder / "ledger")
+        self.plain = self._server("plain", "--no-enable-prefix-caching")
+        self.caching = self._server("caching", "--enable-prefix-caching")
+
+    def _server(self, name: str, *args: str) -> Server:
+        env = elastic_env(
+            self.ledger.parent,
+            name=name,
+            capacity=str(CAPACITY),
+            page_size=str(SERVER_PAGE),
+            parked=str(SERVER_PARKED),
+            parked_decay_ms="200",
+        )
+        return Server(name, self._model, self.folder, (*SERVER_ARGS, *args), env)
+
+    def start(self) -> None:
+        for server in (self.plain, self.caching):
+            server.start()
+        for server in (self.plain, self.caching):
+            server.wait_ready()
+
+    def stop(self) -> None:
+        for server in (self.plain, self.caching):
+            server.stop()
+
+
+@pytest.fixture(scope="session")
+def _pair(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    pair = Pair(models, tmp_path_factory.mktemp("servers"))
+    try:
+        pair.start()
+        yield pair
+    finally:
+        pair.stop()
+
+
+@pytest.fixture
+def pair(_pair: Pair) -> Pair:
+    """Two running servers; a test that killed one has its successor started here."""
+    for server in (_pair.plain, _pair.caching):
+        if server.code is not None:
+            server.start()
+            server.wait_ready()
+    return _pair

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Physical memory rises with the load and falls after it, by the ledger and by the kernel."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from kvcached_core import Ledger
+from tests.e2e.conftest import SERVER_PAGE, SERVER_PARKED, Pair
+from tests.support.elastic import check_account
+from tests.support.prompts import equal_prompts
+from tests.support.server import Server, burst
+from tests.support.tiny_model import LLAMA
+from tests.support.watch import LedgerWatch, page_memory, process_tree, read, wait_until
+
+pytestmark = pytest.mark.timeout(600)
+
+FLOOR = SERVER_PAGE + SERVER_PARKED  # The null block's page, and what may stay parked.
+
+
+def _held(pair: Pair, server: Server) -> tuple[int, int, int]:
+    """Bytes leased, committed, and really there."""
+    sample = read(Ledger(pair.ledger))
+    real = page_memory(process_tree(server.pid))
+    return sample.leased[server.name], sample.committed[server.name], real
+
+
+def _at_floor(pair: Pair, server: Server) -> bool:
+    leased, committed, real = _held(pair, server)
+    return committed == leased <= FLOOR and real == committed
+
+
+class RealMemory:
+    """The most memory the kernel held for a server's pages while this watched."""
+
+    def __init__(self, server: Server) -> None:
+        self.peak = 0
+        self._pids = process_tree(server.pid)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            self.peak = max(self.peak, page_memory(self._pids))
+
+    def __enter__(self) -> RealMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+@pytest.mark.parametrize("requests", [4, 16])
+def test_rises_with_load_and_falls_to_the_floor(pair: Pair, requests: int) -> None:
+    server = pair.plain
+    wait_until(lambda: _at_floor(pair, server), 15, "at the floor before the load")
+    length, answer = 1000, 64
+    with LedgerWatch(pair.ledger) as watch, RealMemory(server) as real:
+        prompts = equal_prompts(requests, length, seed=requests)
+        answers = burst(server, prompts, max_tokens=answer)
+    assert [a.status for a in answers] == [200] * requests
+    check_account(watch)
+
+    # All requests run at once, each in blocks of 128 tokens, one page each.
+    block = 128 * LLAMA.kv_bytes_per_token
+    needed = requests * -(-(length + answer - 1) // 128) * block
+    assert needed <= watch.peak_committed(server.name) <= needed + FLOOR
+    assert needed <= real.peak <= needed + FLOOR
+    wait_until(lambda: _at_floor(pair, server), 15, "back at the floor after the load")
+
+
+def test_an_unused_prefix_cache_stays_until_it_is_needed(pair: Pair) -> None:
+    server = pair.caching
+    prompts = equal_prompts(8, 1000, seed=77)
+    first = burst(server, prompts, max_tokens=8)
+    # 7 full blocks of each prompt are worth keeping.
+    cached = 8 * 7 * 128 * LLAMA.kv_bytes_per_token
+    assert read(Ledger(pair.ledger)).committed[server.name] >= cached
+    hits = server.metrics()["vllm:prefix_cache_hits_total"]
+    again = burst(server, prompts, max_tokens=8)
+    assert [a.tokens for a in again] == [a.tokens for a in first]
+    wait_until(
+        lambda: server.metrics()["vllm:prefix_cache_hits_total"] >= hits + 8 * 7 * 128,
+        5,
+        "answers from the prefix cache",
+    )

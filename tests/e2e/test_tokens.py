@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The elastic engine gives the stock engine's tokens, and the same log probabilities to the bit.
+
+Everything not in use is unmapped at once in these runs, so a stray access ends the engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import GEMMA_BATCHES, LLAMA_BATCHES, Models, References
+from tests.support.elastic import check_account, elastic_env, ledger_path
+from tests.support.engines import EngineHost, Job, Result
+from tests.support.watch import LedgerWatch, read
+
+pytestmark = pytest.mark.timeout(600)
+
+# Summing over two ranks rounds otherwise than over one: far below this, and near-ties may turn.
+TIE = 1e-4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run the engine."""
+
+    name: str
+    model: str = "llama"
+    engine: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
+    in_process: bool = True
+    preempts: bool = False
+    exact: bool = True
+
+
+CASES = [
+    Case("prefix-caching"),
+    Case("no-prefix-caching-2MiB", engine={"enable_prefix_caching": False},
+         settings={"page_size": "2MiB"}),
+    # 192 KiB against blocks of 256 KiB: most blocks lie on two pages, most pages under two blocks.
+    Case("straddling-pages-preempting",
+         settings={"page_size": "192KiB", "capacity": "20MiB"}, preempts=True),
+    Case("preempting-1MiB", engine={"enable_prefix_caching": False},
+         settings={"page_size": "1MiB", "capacity": "20MiB"}, preempts=True),
+    Case("chunked-prefill", engine={"max_num_batched_tokens": 128},
+         settings={"page_size": "512KiB"}),
+    Case("layers-preempting", settings={"layout": "layer", "capacity": "20MiB"}, preempts=True),
+    Case("sliding-window", model="gemma", engine={"enable_prefix_caching": False}),
+    Case("sliding-window-preempting", model="gemma",
+         settings={"page_size": "192KiB", "capacity": "10MiB"}, preempts=True),
+    Case("two-tensor-parallel-ranks", engine={"tensor_parallel_size": 2}, in_process=False,
+         settings={"capacity": "20MiB"}, preempts=True, exact=False),
+    Case("two-pipeline-stages", engine={"pipeline_parallel_size": 2}, in_process=False,
+         settings={"capacity": "20MiB"}, preempts=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_as_the_stock_engine(
+    case: Case, models: Models, patched: EngineHost, references: References, tmp_path: Path
+) -> None:
+    batches = LLAMA_BATCHES if case.model == "llama" else GEMMA_BATCHES
+    job = Job(
+        getattr(models, case.model),
+        batches,
+        case.engine,
+        elastic_env(tmp_path, **case.settings),
+        in_process=case.in_process,
+    )
+    with LedgerWatch(ledger_path(tmp_path)) as watch:
+        result = patched.run(job).require()
+    _check_was_elastic(result, watch)
+    if not case.engine.get("enable_prefix_caching", True):
+        # A prefix cache may end up in every page there is; without one freed pages go back.
+        assert result.metrics["vllm:kvcached_decommitted_pages"] > 0
+    check_account(watch)
+    assert (result.metrics["vllm:num_preemptions"] > 0) == case.preempts
+    _check_same(references[case.model], result, exact=case.exact)
+
+
+def _check_was_elastic(result: Result, watch: LedgerWatch) -> None:
+    assert result.metrics["vllm:kvcached_committed_pages"] > 0
+    assert watch.peak_committed() > 0
+    assert read_alive(watch) == {}, "the engine ended and is still in the ledger"
+
+
+def read_alive(watch: LedgerWatch) -> dict[str, int]:
+    from kvcached_core import Ledger
+
+    return read(Ledger(watch.path)).leased
+
+
+def _check_same(expected: Result, result: Result, *, exact: bool) -> None:
+    if exact:
+        assert result.tokens == expected.tokens
+        assert result.logprobs == expected.logprobs
+        return
+    ties = 0
+    for i, (tokens, scores) in enumerate(zip(expected.tokens, expected.logprobs, strict=True)):
+        for k, (token, (best, second)) in enumerate(zip(tokens, scores, strict=True)):
+            if best - second < TIE:
+                ties += 1
+                break  # Either token is right, and what follows depends on it.
+            assert result.tokens[i][k] == token, f"prompt {i}, token {k}"
+            assert result.logprobs[i][k][0] == pytest.approx(best, abs=TIE)
+    assert ties <= len(expected.tokens) // 20, "too many ties to prove anything"

