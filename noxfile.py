@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything CI runs, by name. `nox -s tests` is the whole set; `nox -l` lists the parts.
+
+The stock and the patched engine lie in a folder each and are chosen by PYTHONPATH, so that torch
+and the other dependencies are installed once.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["tests"]
+
+REPO = Path(__file__).resolve().parent
+PIN = "vllm-0.24.0"
+BUILD = ["cmake>=3.22", "ninja", "nanobind>=2.4", "scikit-build-core>=0.11"]
+# Exact, since each release of these finds other things.
+LINT = ["ruff==0.17.5", "mypy==2.4.1", "clang-format==23.1.5"]
+TEST = ["pytest>=8", "pytest-timeout", "hypothesis", "numpy", "tomli; python_version < '3.11'"]
+SANITIZERS = ("address,undefined", "thread")
+JOBS = str(min(os.cpu_count() or 1, 8))
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The two engines of one session, each in a folder of its own."""
+
+    archive: Path
+    stock: Path
+    patched: Path
+
+    def environment(self, engine: Path) -> dict[str, str]:
+        return {
+            "PYTHONPATH": str(engine),
+            "ENGINE_STOCK": str(self.stock),
+            "ENGINE_PATCHED": str(self.patched),
+        }
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All of CI in one environment; arguments go to the end-to-end tests."""
+    _system_packages(session)
+    _lint(session)
+    _cpp(session)
+    _core(session)
+    _check_patches(session)
+    engines = _engines(session)
+    _unit(session)
+    _engine_tests(session, engines)
+    _e2e(session, engines, *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Format, style and types."""
+    _lint(session)
+
+
+@nox.session
+def cpp(session: nox.Session) -> None:
+    """The C++ tests under each set of sanitizers."""
+    _system_packages(session)
+    _cpp(session)
+
+
+@nox.session
+def unit(session: nox.Session) -> None:
+    """The Python tests that need no engine; arguments go to pytest."""
+    _system_packages(session)
+    _core(session)
+    _unit(session, *session.posargs)
+
+
+@nox.session
+def engine_tests(session: nox.Session) -> None:
+    """The engine's own tests on the stock and on the patched engine."""
+    _system_packages(session)
+    _core(session)
+    _engine_tests(session, _engines(session), *session.posargs)
+
+
+@nox.session
+def e2e(session: nox.Session) -> None:
+    """The patched engine serving a tiny model; arguments go to pytest."""
+    _system_packages(session)
+    _core(session)
+    _e2e(session, _engines(session), *session.posargs)
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """The patched wheel in dist/; arguments go to `engine_forks build`, e.g. --variant cpu."""
+    session.install("tomli; python_version < '3.11'")
+    _forks(session, "build", *session.posargs)
+
+
+@nox.session
+def check_patches(session: nox.Session) -> None:
+    """Every rule for the patch series."""
+    session.install("tomli; python_version < '3.11'")
+    _check_patches(session)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Two engines sharing one machine's memory."""
+    _system_packages(session)
+    _core(session)
+    engines = _engines(session)
+    env = engines.environment(engines.patched)
+    session.run("python", "-m", "benchmarks.demo", *session.posargs, env=env)
+
+
+@nox.session(venv_backend="none")
+def gpu(session: nox.Session) -> None:
+    """Prints the commands of the GPU tests and benchmarks."""
+    text = (REPO / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for block in re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        print(block)
+
+
+def _lint(session: nox.Session) -> None:
+    session.install(*LINT, "pydantic>=2", "nvidia-ml-py", "pytest>=8")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy", "--strict", "-p", "kvcached_core", "-p", "engine_forks")
+    sources = [
+        str(path.relative_to(REPO))
+        for folder in ("csrc", "tests")
+        for path in sorted((REPO / folder).rglob("*"))
+        if path.suffix in (".h", ".cpp", ".c")
+    ]
+    session.run("clang-format", "--dry-run", "--Werror", *sources)
+
+
+def _cpp(session: nox.Session) -> None:
+    session.install(*BUILD)
+    for sanitizer in SANITIZERS:
+        build = Path(session.create_tmp()) / f"cpp-{sanitizer.partition(',')[0]}"
+        session.run(
+            "cmake",
+            "-S",
+            "csrc",
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
+            "-DKVCACHED_PYTHON=OFF",
+            "-DKVCACHED_TESTS=ON",
+            f"-DKVCACHED_SANITIZE={sanitizer}",
+        )
+        session.run("cmake", "--build", str(build), "--parallel", JOBS)
+        ctest = ["ctest", "--test-dir", str(build), "--output-on-failure", "--no-tests=error"]
+        ctest += ["--timeout", "1200"]
+        session.run(*_fixed_addresses(sanitizer), *ctest, external=True)
+
+
+def _fixed_addresses(sanitizer: str) -> list[str]:
+    """GCC's thread sanitizer cannot place its shadow where the kernel randomises widely."""
+    bits = Path("/proc/sys/vm/mmap_rnd_bits")
+    try:
+        wide = int(bits.read_text()) > 28
+    except OSError:
+        wide = False
+    return ["setarch", "--addr-no-randomize"] if sanitizer == "thread" and wide else []
+
+
+def _core(session: nox.Session) -> None:
+    """Installs the core for the tests, and tries its wheel where nothing else is installed."""
+    session.install(*BUILD, *TEST)
+    work = Path(session.create_tmp()) / "core"
+    wheels = work / "wheels"
+    shutil.rmtree(wheels, ignore_errors=True)
+    # A build folder of the session's own: the checkout's may belong to another Python.
+    options = ("--no-build-isolation", f"--config-settings=build-dir={work / 'build'}")
+    # Editable, or the sources in the current folder would hide the installed package.
+    session.install(*options, "--editable", ".")
+    make = ("pip", "wheel", "--no-deps", *options, "--wheel-dir", str(wheels), ".")
+    session.run("python", "-m", *make)
+    clean = work / "venv"
+    session.run("python", "-m", "venv", "--clear", str(clean))
+    python = str(clean / "bin" / "python")
+    (built,) = wheels.glob("*.whl")
+    session.run(python, "-m", "pip", "install", "--quiet", str(built), external=True)
+    session.run(python, "-m", "pip", "check", external=True)
+    with session.chdir(work):
+        code = "import kvcached_core._core as core; print('core wheel:', core.__file__)"
+        session.run(python, "-c", code, external=True)
+
+
+def _check_patches(session: nox.Session) -> None:
+    for pin in sorted((REPO / "engine_forks" / "pins").glob("*.toml")):
+        _forks(session, "check", pin.stem, "--variant", "cpu")
+
+
+def _engines(session: nox.Session) -> Engines:
+    """Installs what the engine needs, and the stock and the patched engine beside each other."""
+    tmp = Path(session.create_tmp())
+    wanted = tmp / "requirements.txt"
+    wanted.write_text(_forks(session, "requirements", PIN, "--variant", "cpu", "--tests"))
+    session.install("--requirement", str(wanted))
+    archive, released = _forks(session, "fetch", PIN, "source", "cpu").splitlines()
+    options = ("--variant", "cpu", "--relax-torch", "--out", str(tmp / "dist"))
+    patched = _forks(session, "build", PIN, *options).strip()
+    engines = Engines(Path(archive), tmp / "engines" / "stock", tmp / "engines" / "patched")
+    for source, target in ((released, engines.stock), (patched, engines.patched)):
+        shutil.rmtree(target, ignore_errors=True)
+        session.install("--no-deps", "--target", str(target), source)
+        # Not the other engine, and for this machine: either mistake would make tests idle.
+        code = (
+            "import vllm; from vllm.platforms import current_platform as p;"
+            f"assert vllm.__file__.startswith({str(target)!r}), vllm.__file__;"
+            "assert p.is_cpu(), p; print('engine:', vllm.__version__)"
+        )
+        session.run("python", "-c", code, env=engines.environment(target))
+    return engines
+
+
+def _unit(session: nox.Session, *args: str) -> None:
+    session.run("python", "-m", "pytest", "--ignore=tests/e2e", *args)
+
+
+def _engine_tests(session: nox.Session, engines: Engines, *args: str) -> None:
+    variants = f"stock={engines.stock},off={engines.patched},on={engines.patched}"
+    out = Path(session.create_tmp()) / "engine-tests"
+    command = ("--pin", PIN, "--source", str(engines.archive), "--variant", variants)
+    session.run(
+        *("python", "-m", "ci.engine_tests", *command, "--jobs", JOBS, "--out", str(out)), *args
+    )
+
+
+def _e2e(session: nox.Session, engines: Engines, *args: str) -> None:
+    env = engines.environment(engines.patched)
+    session.run("python", "-m", "pytest", "tests/e2e", *args, env=env)
+
+
+def _forks(session: nox.Session, *args: str) -> str:
+    """Runs `python -m engine_forks` and returns what it printed."""
+    command = ["python", "-m", "engine_forks", *args]
+    session.log(" ".join(command))
+    python = Path(session.bin) / "python"
+    done = subprocess.run(
+        [str(python), *command[1:]], cwd=REPO, stdout=subprocess.PIPE, text=True, check=False
+    )
+    print(done.stdout, end="", flush=True)
+    if done.returncode:
+        session.error(f"engine_forks {args[0]} failed")
+    return done.stdout
+
+
+def _system_packages(session: nox.Session) -> None:
+    """Installs the few things that pip cannot, or says which they are."""
+    include = Path(sysconfig.get_paths()["include"])
+    present: dict[str, Callable[[], bool]] = {
+        "git": lambda: shutil.which("git") is not None,
+        "g++": lambda: shutil.which("g++") is not None,
+        "doctest-dev": lambda: Path("/usr/include/doctest/doctest.h").is_file(),
+        "libnuma1": lambda: ctypes.util.find_library("numa") is not None,
+        "python3-dev": lambda: (include / "Python.h").is_file(),
+    }
+    missing = [name for name, is_present in present.items() if not is_present()]
+    if not missing:
+        return
+    if platform.system() != "Linux" or os.geteuid() != 0 or shutil.which("apt-get") is None:
+        session.error(f"missing: apt-get install {' '.join(missing)}")
+    env = {"DEBIAN_FRONTEND": "noninteractive"}
+    session.run("apt-get", "update", "--quiet", external=True)
+    session.run(
+        "apt-get", "install", "--yes", "--no-install-recommends", *missing, env=env, external=True
+    )
