@@ -116,7 +116,8 @@ class Recorder:
     def __init__(self, path: Path, recording: Recording, view: View) -> None:
         self._ledger = Ledger(path)
         self.recording = recording
-        recording.capacity = self._ledger.capacity - self._ledger.headroom
+        # What is left for KV caches: on a GPU the models themselves are not in the ledger's leases.
+        recording.capacity = self._ledger.available() + self._ledger.total_leased()
         self._view = view
         self._begin = time.monotonic()
         self.in_flight = dict.fromkeys(NAMES, 0)

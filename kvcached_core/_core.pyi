@@ -400,7 +400,7 @@ class Ledger:
         """Publish the driver's total of bytes in use."""
 
     def available(self) -> int:
-        """Bytes that could be leased now, before the dead are reaped."""
+        """Bytes that could be leased now."""
 
     def total_leased(self) -> int: ...
     def total_demand(self, except_slot: int = -1) -> int:

@@ -53,9 +53,7 @@ def open_backend(kind: str, ordinal: int, config: Config) -> Backend:
     return HostBackend(config.host_name, config.capacity)
 
 
-def describe(
-    backend: Backend, kind: str, config: Config, static_bytes: int = 0
-) -> RankDevice:
+def describe(backend: Backend, kind: str, config: Config, static_bytes: int = 0) -> RankDevice:
     """What the scheduler half needs to know of a worker's device."""
     total = config.capacity if kind == "host" else backend.memory_info()[1]
     return RankDevice(

@@ -70,6 +70,7 @@ class ElasticScheduler:
         self._commit: BlockRanges = []
         self._shortage = 0
         self._demand = 0
+        self._settling = False
         self._watcher: Watcher | None = None
         self._counters = dict.fromkeys(
             ("committed_pages", "decommitted_pages", "reclaim_steps", "shortages"), 0
@@ -94,9 +95,7 @@ class ElasticScheduler:
         uncommitted = allocator.num_uncommitted
         if not uncommitted:
             return 0
-        left = [
-            total - allocator.committed_pages(g) for g, total in enumerate(self._total_pages)
-        ]
+        left = [total - allocator.committed_pages(g) for g, total in enumerate(self._total_pages)]
         return self.accounts.affordable_blocks(uncommitted, left)
 
     def grow(self, num_blocks: int) -> int:
@@ -144,6 +143,7 @@ class ElasticScheduler:
         grew = bool(self._commit)
         decommit = self._shrink(self._pages_to_give(now))
         ahead = self._commit_ahead() if grew and not decommit and not self._shortage else []
+        self._settling = bool(decommit) or any(self._on_its_way(a) for a in self.accounts)
         commit, self._commit = self._commit, []
         self._post_demand(self._shortage)
         self._shortage = 0
@@ -200,6 +200,8 @@ class ElasticScheduler:
         """
         if self._commit:
             return True
+        if self._settling and not any(self._on_its_way(a) for a in self.accounts):
+            return True  # so that the engine's metrics tell what the workers have released
         unused = self.allocator.parked_pages
         if unused > self._parked_pages and self._decay.is_due(time.monotonic()):
             return True

@@ -14,7 +14,10 @@ Each is compared with the mean of all stock runs of the same model runner.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -73,20 +76,28 @@ def run(variant: Variant, rest: list[str], limit_s: float, logs: Path) -> dict[s
     """One variant's report; its `error` is set if it gave none."""
     begin = time.monotonic()
     log = logs / f"{time.strftime('%H%M%S')}-{variant.text.replace(':', '_')}.log"
+    answer = log.with_suffix(".out")
     command = [sys.executable, str(SCRIPT), "--label", variant.text, *rest]
-    with tempfile.TemporaryDirectory() as folder, log.open("w") as errors:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        log.open("w") as errors,
+        answer.open("w") as output,
+    ):
         env = variant.environment(Path(folder) / "ledger")
         if "--tiny" in rest:
             env |= ENVIRONMENT
+        process = subprocess.Popen(
+            command, env=env, stdout=output, stderr=errors, start_new_session=True
+        )
         try:
-            done = subprocess.run(
-                command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=limit_s
-            )
-            output, error = done.stdout, f"exit status {done.returncode}"
-        except subprocess.TimeoutExpired as expired:
-            output, error = str(expired.stdout or ""), f"not done in {limit_s:.0f} s"
-    log.open("a").write(output)
-    for line in output.splitlines():
+            error = f"exit status {process.wait(limit_s)}"
+        except subprocess.TimeoutExpired:
+            error = f"not done in {limit_s:.0f} s"
+        # An engine that failed may leave workers behind, and they would hold the GPU's memory.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    for line in answer.read_text().splitlines():
         if line.startswith("REPORT "):
             report: dict[str, Any] = json.loads(line.removeprefix("REPORT "))
             report["wall_s"] = round(time.monotonic() - begin, 1)

@@ -40,21 +40,28 @@ uint32_t Ledger::version() const { return file_->header().version.load(); }
 double Ledger::create_time() const { return static_cast<double>(file_->created_ns()) * 1e-9; }
 
 // The external use is worked out now and not when it is needed: members that commit later would
-// otherwise eat into it, since `bytes` does not know of their pages.
+// otherwise eat into it, since `bytes` does not know of their pages. What the driver still holds
+// for the dead is external too, so nobody is promised it before it is free.
 Status Ledger::set_device_used(int64_t bytes) {
   if (Status status = check_bytes(bytes, "the bytes in use"); !status.ok()) return status;
   Section section;
   if (Status status = section.enter(*file_); !status.ok()) return status;
-  Tally sum;
-  if (Status status = tally(*file_, sum); !status.ok()) return status;
+  uint64_t committed = 0;
+  for (int index = 0; index < kSlots; ++index) {
+    const Slot& slot = file_->slot(index);
+    if (slot.generation.load() == 0 || !file_->alive(index)) continue;
+    if (Status status = check_slot(slot, index, kMaxBytes); !status.ok()) return status;
+    committed += slot.committed.load();
+  }
   const auto used = static_cast<uint64_t>(bytes);
-  file_->header().external.store(used > sum.committed ? used - sum.committed : 0);
+  file_->header().external.store(used > committed ? used - committed : 0);
   return {};
 }
 
 Status Ledger::available(uint64_t& bytes) {
   Section section;
   if (Status status = section.enter(*file_); !status.ok()) return status;
+  reap_dead(*file_, nullptr);
   Tally sum;
   if (Status status = tally(*file_, sum); !status.ok()) return status;
   bytes = sum.available;

@@ -16,7 +16,6 @@ Status tally(LedgerFile& file, Tally& out) {
     if (slot.generation.load() == 0) continue;
     if (Status status = check_slot(slot, index, capacity); !status.ok()) return status;
     sum.leased += slot.leased.load();
-    sum.committed += slot.committed.load();
     sum.static_bytes += slot.static_bytes.load();
   }
   if (capacity > kMaxBytes || headroom > capacity || external > kMaxBytes ||

@@ -12,7 +12,6 @@ namespace kvc::ledger {
 
 struct Tally {
   uint64_t leased = 0;
-  uint64_t committed = 0;
   uint64_t static_bytes = 0;
   uint64_t available = 0;
 };

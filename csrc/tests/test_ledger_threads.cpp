@@ -101,7 +101,7 @@ TEST_CASE("threads that share a member lose no update") {
   std::vector<std::thread> threads;
   for (int t = 0; t < 3; ++t) {
     threads.emplace_back([&] {
-      for (int round = 0; round < 20'000; ++round) {
+      for (int round = 0; round < 60'000; ++round) {
         bool granted = false;
         if (!member->lease(1, granted).ok() || !granted || !member->release(1).ok()) ++failures;
       }

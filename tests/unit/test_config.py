@@ -54,7 +54,7 @@ def test_the_switch_is_off(environ: dict[str, str]) -> None:
 
 
 def test_a_misspelt_switch_is_not_silently_off() -> None:
-    with pytest.raises(ConfigError, match="ture.*set it to 'true' or unset"):
+    with pytest.raises(ConfigError, match=r"ture.*set it to 'true' or unset"):
         is_enabled({"ENABLE_KVCACHED": "ture"})
 
 

@@ -70,9 +70,7 @@ def test_what_cannot_work_is_refused_with_the_remedy(
 
 
 def test_all_reasons_are_told_at_once(tmp_path: Path) -> None:
-    config = vllm_config(
-        tmp_path, parallel_config__nnodes=2, model_config__enable_sleep_mode=True
-    )
+    config = vllm_config(tmp_path, parallel_config__nnodes=2, model_config__enable_sleep_mode=True)
     with pytest.raises(ConfigError) as error:
         check_supported(config)
     assert str(error.value).count("\n  - ") == 2
@@ -112,7 +110,7 @@ def test_layers_of_several_sizes_cannot_be_laid_out_per_layer(tmp_path: Path) ->
 
 def test_a_page_must_be_a_multiple_of_the_granularity(tmp_path: Path) -> None:
     config = vllm_config(tmp_path, kvcached={"page_size": 6000})
-    with pytest.raises(ConfigError, match="not a multiple of the 4.0 KiB granularity"):
+    with pytest.raises(ConfigError, match=r"not a multiple of the 4\.0 KiB granularity"):
         attach(config, [kv_cache_config()], [host_device()])
 
 
@@ -120,7 +118,7 @@ def test_a_full_device_is_refused_with_its_holders(tmp_path: Path) -> None:
     ledger = Ledger(str(tmp_path / "host-0.ledger"), 64 * PAGE)
     neighbour = ledger.join("neighbour")
     assert neighbour.lease(64 * PAGE)
-    with pytest.raises(ConfigError, match="cannot start.*neighbour 4.0 MiB"):
+    with pytest.raises(ConfigError, match=r"cannot start.*neighbour 4\.0 MiB"):
         attach(vllm_config(tmp_path), [kv_cache_config()], [host_device()])
 
 
@@ -134,7 +132,7 @@ def test_an_unwritable_ledger_directory_is_named(tmp_path: Path) -> None:
 def test_backends_that_ignore_the_stride_are_refused_for_packed_blocks(tmp_path: Path) -> None:
     worker = VllmWorker(vllm_config(tmp_path), None)
     worker.check_backends(["CPU_ATTN"])
-    with pytest.raises(ConfigError, match="FLEX_ATTENTION.*--attention-backend"):
+    with pytest.raises(ConfigError, match=r"FLEX_ATTENTION.*--attention-backend"):
         worker.check_backends(iter(["CPU_ATTN", "FLEX_ATTENTION"]))
     per_layer = VllmWorker(vllm_config(tmp_path, kvcached={"layout": "layer"}), None)
     per_layer.check_backends(["FLEX_ATTENTION"])

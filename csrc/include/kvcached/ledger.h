@@ -122,7 +122,7 @@ class Ledger {
   // that counts as external.
   Status set_device_used(int64_t bytes);
   // What could be leased now: capacity less headroom, leases, and the larger of the external use
-  // and the members' own static use.
+  // and the members' own static use. As lease does, it reaps the dead first.
   Status available(uint64_t& bytes);
   Status total_leased(uint64_t& bytes);
   Status total_demand(int except_slot, uint64_t& bytes);
