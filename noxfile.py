@@ -150,7 +150,7 @@ def _lint(session: nox.Session) -> None:
 def _cpp(session: nox.Session) -> None:
     session.install(*BUILD)
     for sanitizer in SANITIZERS:
-        build = Path(session.create_tmp()) / f"cpp-{sanitizer.partition(',')[0]}"
+        build = Path(session.create_tmp()).resolve() / f"cpp-{sanitizer.partition(',')[0]}"
         session.run(
             "cmake",
             "-S",
@@ -182,7 +182,7 @@ def _fixed_addresses(sanitizer: str) -> list[str]:
 def _core(session: nox.Session) -> None:
     """Installs the core for the tests, and tries its wheel where nothing else is installed."""
     session.install(*BUILD, *TEST)
-    work = Path(session.create_tmp()) / "core"
+    work = Path(session.create_tmp()).resolve() / "core"
     wheels = work / "wheels"
     shutil.rmtree(wheels, ignore_errors=True)
     # A build folder of the session's own: the checkout's may belong to another Python.
@@ -209,7 +209,7 @@ def _check_patches(session: nox.Session) -> None:
 
 def _engines(session: nox.Session) -> Engines:
     """Installs what the engine needs, and the stock and the patched engine beside each other."""
-    tmp = Path(session.create_tmp())
+    tmp = Path(session.create_tmp()).resolve()
     wanted = tmp / "requirements.txt"
     wanted.write_text(_forks(session, "requirements", PIN, "--variant", "cpu", "--tests"))
     session.install("--requirement", str(wanted))
@@ -236,7 +236,7 @@ def _unit(session: nox.Session, *args: str) -> None:
 
 def _engine_tests(session: nox.Session, engines: Engines, *args: str) -> None:
     variants = f"stock={engines.stock},off={engines.patched},on={engines.patched}"
-    out = Path(session.create_tmp()) / "engine-tests"
+    out = Path(session.create_tmp()).resolve() / "engine-tests"
     command = ("--pin", PIN, "--source", str(engines.archive), "--variant", variants)
     session.run(
         *("python", "-m", "ci.engine_tests", *command, "--jobs", JOBS, "--out", str(out)), *args

@@ -8,7 +8,7 @@ none, so a block is never backed on one rank and missing on another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ._core import Ledger, Member
@@ -36,7 +36,7 @@ class Accounts:
     def __init__(self, accounts: Sequence[Account]) -> None:
         self._accounts = tuple(accounts)
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Account]:
         return iter(self._accounts)
 
     def lease(self, pages: Sequence[int]) -> bool:

@@ -34,4 +34,5 @@ WORKDIR /home/engine
 ENV ENABLE_KVCACHED=true \
     KVCACHED_LEDGER_DIR=/run/kvcached
 EXPOSE 8000
-ENTRYPOINT ["vllm", "serve"]
+# `vllm serve` asks for a package named vllm, which the CPU package is not.
+ENTRYPOINT ["python", "-m", "vllm.entrypoints.openai.api_server"]
