@@ -117,10 +117,10 @@ def check_patches(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Two engines sharing one machine's memory."""
+    """Two engines sharing one machine's memory, on its GPU if there is one."""
     _system_packages(session)
     _core(session)
-    engines = _engines(session)
+    engines = _engines(session, "cuda" if Path("/dev/nvidiactl").exists() else "cpu")
     env = engines.environment(engines.patched)
     session.run("python", "-m", "benchmarks.demo", *session.posargs, env=env)
 
@@ -207,14 +207,14 @@ def _check_patches(session: nox.Session) -> None:
         _forks(session, "check", pin.stem, "--variant", "cpu")
 
 
-def _engines(session: nox.Session) -> Engines:
+def _engines(session: nox.Session, variant: str = "cpu") -> Engines:
     """Installs what the engine needs, and the stock and the patched engine beside each other."""
     tmp = Path(session.create_tmp()).resolve()
     wanted = tmp / "requirements.txt"
-    wanted.write_text(_forks(session, "requirements", PIN, "--variant", "cpu", "--tests"))
+    wanted.write_text(_forks(session, "requirements", PIN, "--variant", variant, "--tests"))
     session.install("--requirement", str(wanted))
-    archive, released = _forks(session, "fetch", PIN, "source", "cpu").splitlines()
-    options = ("--variant", "cpu", "--relax-torch", "--out", str(tmp / "dist"))
+    archive, released = _forks(session, "fetch", PIN, "source", variant).splitlines()
+    options = ("--variant", variant, "--relax-torch", "--out", str(tmp / "dist"))
     patched = _forks(session, "build", PIN, *options).strip()
     engines = Engines(Path(archive), tmp / "engines" / "stock", tmp / "engines" / "patched")
     for source, target in ((released, engines.stock), (patched, engines.patched)):
@@ -224,7 +224,7 @@ def _engines(session: nox.Session) -> Engines:
         code = (
             "import vllm; from vllm.platforms import current_platform as p;"
             f"assert vllm.__file__.startswith({str(target)!r}), vllm.__file__;"
-            "assert p.is_cpu(), p; print('engine:', vllm.__version__)"
+            f"assert p.is_{variant}(), p; print('engine:', vllm.__version__)"
         )
         session.run("python", "-c", code, env=engines.environment(target))
     return engines
