@@ -24,6 +24,7 @@ from typing import Any
 # Last, so that an installed kvcached_core is found before this repository's sources.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.gpu.kernels import reduction_kernels
 from benchmarks.gpu.weights import use_attention
 from tests.support.prompts import tokens
 from tests.support.tiny_model import LLAMA, TinySpec, make_tiny_model
@@ -142,6 +143,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     _generate(llm, [tokens(random.Random(1), 512, spec.vocab)] * 16, 16)
     memory.take_peak()
     report["memory_mib"]["idle"] = memory.used() >> 20
+    report["reduction_kernels"] = llm.apply_model(reduction_kernels)[0]
     report["cells"] = {}
     for cell in args.cells:
         if cell == "tokens":
