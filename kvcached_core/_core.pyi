@@ -23,6 +23,9 @@ _Code = Literal["out_of_memory", "invalid_argument", "not_supported", "driver", 
 class VmmError(RuntimeError):
     """The driver or the OS refused, or the call was wrong; the message says what to do."""
 
+class LedgerRefused(VmmError):
+    """A policy says no; the message names who holds the memory, and what to do."""
+
 class Backend:
     """Physical memory of one device: see csrc/include/kvcached/vmm.h for the contract."""
 
@@ -157,7 +160,8 @@ class Mapper:
 
     def __init__(self, arena: Arena, retry_ms: int = 0, on_freed: Member | None = None) -> None:
         """``retry_ms``: how long to retry a commit for which memory is short.
-        ``on_freed``: ledger member whose lease shrinks by what the arena gives back.
+        ``on_freed``: ledger member whose lease shrinks by what the arena gives back, and whose
+        histogram ``map`` and counters ``commits`` and ``decommits`` (of pages) this keeps.
         """
 
     def commit_now(self, ranges: Ranges) -> None:
@@ -287,12 +291,86 @@ class BlockAllocator:
     def pages_of(self, block: int) -> tuple[int, int]:
         """The primary page indices ``[first, end)`` that a block touches."""
 
+    def emptied_by(self, candidates: list[int], pages: int) -> list[int]:
+        """Which live blocks to free so that ``pages`` primary pages hold none, or as many as can.
+
+        ``candidates`` come in the order they should go; a page is emptied whole or left alone.
+        """
+
     def free_order(self) -> list[int]:
         """Every clean block in the order ``allocate`` would return them; for debugging."""
 
 # --- end of blocks ---
 
 # --- ledger ---
+COUNTERS: tuple[str, ...]
+TIMES: tuple[str, ...]
+
+@final
+class Histogram:
+    """Times: bucket ``i`` counts those up to ``bounds()[i]``, the last one the rest."""
+
+    @property
+    def counts(self) -> list[int]:
+        """Of each bucket by itself, not cumulative."""
+
+    @property
+    def sum_s(self) -> float: ...
+    @property
+    def count(self) -> int: ...
+    @staticmethod
+    def bounds() -> list[float]:
+        """Upper bounds in seconds of all buckets but the last."""
+
+@final
+class Policy:
+    """What a member must comply with, and what of it it has."""
+
+    @property
+    def guarantee(self) -> int: ...
+    @property
+    def limit(self) -> int | None: ...
+    @property
+    def weight(self) -> int: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def cache_limit(self) -> int | None:
+        """Bound for unreferenced prefix cache."""
+
+    @property
+    def version(self) -> int: ...
+    @property
+    def observed(self) -> int: ...
+    @property
+    def trim(self) -> tuple[int, int, bool] | None:
+        """Version, bytes (-1: all) and whether of the prefix cache too, while one is pending."""
+
+@final
+class LedgerEvent:
+    """Something that happened to a member."""
+
+    @property
+    def seq(self) -> int: ...
+    @property
+    def time(self) -> float:
+        """Seconds since the epoch."""
+
+    @property
+    def kind(self) -> str:
+        """join leave died refused policy trim ask passed_over preempt overdraft"""
+
+    @property
+    def slot(self) -> int:
+        """-1: of no member."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def text(self) -> str: ...
+
 @final
 class MemberInfo:
     """A member of a ledger at one moment."""
@@ -322,15 +400,55 @@ class MemberInfo:
     @property
     def static_bytes(self) -> int: ...
     @property
-    def demand(self) -> int: ...
+    def demand(self) -> int:
+        """0 unless it was posted within the last 5 s."""
+
     @property
-    def limit(self) -> int: ...
+    def limit(self) -> int | None: ...
+    @property
+    def cache_limit(self) -> int | None: ...
     @property
     def guarantee(self) -> int: ...
     @property
     def weight(self) -> int: ...
     @property
     def priority(self) -> int: ...
+    @property
+    def desired_version(self) -> int: ...
+    @property
+    def observed_version(self) -> int:
+        """Equal to the desired one once the member complies with its policy."""
+
+    @property
+    def asked(self) -> int:
+        """Bytes it is asked to give back, by the latest plan: parked and cached."""
+
+    @property
+    def asked_running(self) -> int:
+        """Bytes beyond those, for which running requests must be preempted."""
+
+    @property
+    def returning(self) -> int:
+        """Bytes decommitted and not yet released by its workers."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for memory."""
+
+    @property
+    def idle_s(self) -> float:
+        """Since it last ran a step."""
+
+    @property
+    def passed_over(self) -> int:
+        """Times it did not answer an ask in time."""
+
+    @property
+    def trim_pending(self) -> bool: ...
+    @property
+    def counters(self) -> dict[str, int]: ...
+    @property
+    def histograms(self) -> dict[str, Histogram]: ...
     @property
     def started(self) -> float:
         """Seconds since the epoch."""
@@ -350,17 +468,50 @@ class Member:
     def lease(self, bytes: int) -> bool:
         """Lease all of it or nothing; False means not now."""
 
+    def claimable(self) -> int:
+        """What could be leased now, policy included."""
+
     def lease_up_to(self, bytes: int, quantum: int) -> int:
         """Lease what there is up to ``bytes``, in multiples of ``quantum``."""
 
     def release(self, bytes: int) -> None:
-        """ValueError if more than is leased; nothing changes then."""
+        """ValueError if more than is leased; nothing changes then. Rings for those who wait."""
 
     def add_committed(self, delta: int) -> None: ...
     def set_parked(self, bytes: int) -> None: ...
     def set_cached(self, bytes: int) -> None: ...
     def set_static(self, bytes: int) -> None: ...
-    def set_demand(self, bytes: int) -> None: ...
+    def set_demand(self, bytes: int, waiting: int = 0) -> None:
+        """Say what this member waits for, and how many requests do; counts for 5 s."""
+
+    def set_returning(self, bytes: int) -> None: ...
+    def touch(self) -> None:
+        """A step ran now."""
+
+    def ask(self) -> tuple[int, int]:
+        """Bytes asked for now: of parked and cached ones, and beyond those (preempt)."""
+
+    def policy(self) -> Policy: ...
+    def observe(self, version: int) -> None:
+        """Acknowledge a policy: this member complies with it."""
+
+    def trim_done(self, version: int) -> None: ...
+    def count(self, counter: str, n: int = 1) -> None:
+        """One of COUNTERS. Lock-free; for any process of the member."""
+
+    def time(self, kind: str, seconds: float) -> None:
+        """One of TIMES. Lock-free; for any process of the member."""
+
+    @property
+    def bell(self) -> int:
+        """Rung when more is asked for, the policy changes, or awaited bytes may be there."""
+
+    def wait_bell(self, seen: int, timeout_ms: int) -> int:
+        """Wait until the bell is not ``seen``, or the timeout; other threads run meanwhile.
+
+        Raises VmmError once the member has left.
+        """
+
     def info(self) -> MemberInfo: ...
     def leave(self) -> None:
         """Give up this process's share; the last one of the member frees its slot."""
@@ -410,8 +561,51 @@ class Ledger:
     def reap(self) -> list[MemberInfo]:
         """Free the slots of the dead and say who they were."""
 
-    def join(self, name: str, static_bytes: int = 0) -> Member: ...
+    def join(
+        self,
+        name: str,
+        static_bytes: int = 0,
+        *,
+        guarantee: int = 0,
+        limit: int | None = None,
+        weight: int = 100,
+        priority: int = 0,
+        cache_limit: int | None = None,
+    ) -> Member:
+        """Raises LedgerRefused if its guarantee and static bytes do not fit beside the others'."""
+
     def attach(self, slot: int, generation: int) -> Member:
         """Be a further process of a member."""
+
+    def set_policy(
+        self,
+        slot: int,
+        generation: int,
+        *,
+        guarantee: int | None = None,
+        limit: int | None = None,
+        weight: int | None = None,
+        priority: int | None = None,
+        cache_limit: int | None = None,
+        expected_version: int | None = None,
+    ) -> int:
+        """Change a policy and return its version; None leaves as is, -1 lifts a limit.
+
+        Raises:
+            ValueError: a number no policy may have, or a limit below the guarantee.
+            LedgerRefused: the guarantees would not fit, or the version is not the expected one.
+        """
+
+    def trim(self, slot: int, generation: int, bytes: int = -1, cached: bool = False) -> int:
+        """Ask a member to give back unused bytes (-1: all); return the version to wait for."""
+
+    def events(self, since: int = 0) -> list[LedgerEvent]:
+        """The latest 256 at most, oldest first, with numbers above ``since``."""
+
+    def note(self, kind: str, slot: int, bytes: int) -> None:
+        """Record an event."""
+
+    def overdraft(self) -> int:
+        """By how much leases, headroom and non-KV memory exceed the capacity."""
 
 # --- end of ledger ---

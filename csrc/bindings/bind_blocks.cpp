@@ -144,6 +144,15 @@ void bind_blocks(nb::module_& m) {
             check(self.free(blocks));
           },
           "blocks"_a, "Make live blocks clean; blocks[0] is the first to be reused.")
+      .def(
+          "emptied_by",
+          [](const BlockAllocator& self, const std::vector<int32_t>& candidates, int64_t pages) {
+            std::vector<int32_t> out;
+            check(self.emptied_by(candidates, pages, out));
+            return out;
+          },
+          "candidates"_a, "pages"_a,
+          "Which live blocks to free, first candidates first, to empty that many pages whole.")
       .def_prop_ro("num_blocks", &BlockAllocator::num_blocks)
       .def_prop_ro("num_live", &BlockAllocator::num_live, "Includes the null block.")
       .def_prop_ro("num_clean", &BlockAllocator::num_clean)

@@ -300,16 +300,22 @@ void bind_mapper(nb::module_& m) {
           [](PyMapper* self, nb::handle_t<PyArena> arena, std::uint32_t retry_ms,
              nb::object on_freed) {
             Mapper::OnFreed release;
+            Mapper::OnMoved account;
             if (!on_freed.is_none()) {
               Member* member = nb::cast<Member*>(on_freed);
               release = [member](std::size_t bytes) {
                 (void)member->release(static_cast<std::int64_t>(bytes));
               };
+              account = [member](const Mapper::Moved& moved) {
+                if (moved.commit_s >= 0) (void)member->time(Timed::map, moved.commit_s);
+                if (moved.mapped != 0) (void)member->count(Counter::commits, moved.mapped);
+                if (moved.returned != 0) (void)member->count(Counter::decommits, moved.returned);
+              };
             }
-            new (self) PyMapper(
-                std::make_unique<Mapper>(*nb::cast<PyArena&>(arena).value,
-                                         std::chrono::milliseconds(retry_ms), std::move(release)),
-                {nb::borrow(arena), on_freed});
+            new (self) PyMapper(std::make_unique<Mapper>(*nb::cast<PyArena&>(arena).value,
+                                                         std::chrono::milliseconds(retry_ms),
+                                                         std::move(release), std::move(account)),
+                                {nb::borrow(arena), on_freed});
           },
           "arena"_a, "retry_ms"_a = 0, "on_freed"_a = nb::none())
       .def(

@@ -20,9 +20,16 @@ struct VmmError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Becomes kvcached_core._core.LedgerRefused, a VmmError.
+struct LedgerRefused : VmmError {
+  using VmmError::VmmError;
+};
+
 // Throws for any status but ok. May be called without the GIL.
 inline void check(const Status& status) {
-  if (!status.ok()) throw VmmError(status.what);
+  if (status.ok()) return;
+  if (status.code == Code::refused) throw LedgerRefused(status.what);
+  throw VmmError(status.what);
 }
 
 // For calls whose "not enough memory" is an answer rather than an error.

@@ -8,7 +8,8 @@ NB_MODULE(_core, m) {
   // then.
   nb::set_leak_warnings(false);
   m.doc() = "The native core of kvcached: elastic device memory and its shared account.";
-  nb::exception<kvc::VmmError>(m, "VmmError", PyExc_RuntimeError);
+  nb::handle error = nb::exception<kvc::VmmError>(m, "VmmError", PyExc_RuntimeError);
+  nb::exception<kvc::LedgerRefused>(m, "LedgerRefused", error);
   kvc::bind_vmm(m);
   kvc::bind_blocks(m);
   kvc::bind_ledger(m);

@@ -246,6 +246,31 @@ Status BlockAllocator::free(std::span<const int32_t> blocks) {
   return {};
 }
 
+Status BlockAllocator::emptied_by(std::span<const int32_t> candidates, int64_t pages,
+                                  std::vector<int32_t>& out) const {
+  if (Status status = not_negative(pages, "emptied_by: pages"); !status.ok()) return status;
+  std::vector<int32_t> seen(pages_.size(), 0);  // candidates that touch a page
+  int64_t emptied = 0;
+  size_t used = 0;
+  for (; used < candidates.size() && emptied < pages; ++used) {
+    const int64_t block = candidates[used];
+    if (block <= 0 || block >= num_blocks() || state_[block] != State::live) {
+      return invalid("emptied_by: block " + std::to_string(block) + " is not live");
+    }
+    for (int64_t page = home(block); page <= geometry().last_page(block); ++page) {
+      if (++seen[page] == pages_[page].live) ++emptied;
+    }
+  }
+  for (const int32_t block : candidates.first(used)) {
+    for (int64_t page = home(block); page <= geometry().last_page(block); ++page) {
+      if (seen[page] != pages_[page].live) continue;
+      out.push_back(block);
+      break;
+    }
+  }
+  return {};
+}
+
 void BlockAllocator::make_live(int32_t block) {
   state_[block] = State::live;
   --num_clean_;

@@ -5,6 +5,8 @@
 #include <cstring>
 
 #include "ledger_account.h"
+#include "ledger_admission.h"
+#include "ledger_events.h"
 #include "ledger_file.h"
 
 namespace kvc {
@@ -53,9 +55,16 @@ Status Ledger::set_device_used(int64_t bytes) {
     if (Status status = check_slot(slot, index, kMaxBytes); !status.ok()) return status;
     committed += slot.committed.load();
   }
+  Tally sum;
+  // A ledger that is damaged says so to those who lease.
+  const bool was = tally(*file_, sum).ok() && sum.overdraft() != 0;
   const auto used = static_cast<uint64_t>(bytes);
   file_->header().external.store(used > committed ? used - committed : 0);
-  return {};
+  if (!was && tally(*file_, sum).ok() && sum.overdraft() != 0) {
+    record(*file_, Kind::overdraft, -1, sum.overdraft(),
+           "others use memory that was promised to members");
+  }
+  return replan(*file_);
 }
 
 Status Ledger::available(uint64_t& bytes) {
@@ -64,7 +73,7 @@ Status Ledger::available(uint64_t& bytes) {
   reap_dead(*file_, nullptr);
   Tally sum;
   if (Status status = tally(*file_, sum); !status.ok()) return status;
-  bytes = sum.available;
+  bytes = sum.available();
   return {};
 }
 
@@ -80,13 +89,14 @@ Status Ledger::total_leased(uint64_t& bytes) {
 Status Ledger::total_demand(int except_slot, uint64_t& bytes) {
   Section section;
   if (Status status = section.enter(*file_); !status.ok()) return status;
+  const int64_t now = monotonic_ns();
   uint64_t sum = 0;
   for (int index = 0; index < kSlots; ++index) {
     const Slot& slot = file_->slot(index);
     if (slot.generation.load() == 0 || index == except_slot) continue;
     if (Status status = check_slot(slot, index, kMaxBytes); !status.ok()) return status;
     // The dead wait for nothing.
-    const uint64_t demand = slot.demand.load();
+    const uint64_t demand = fresh_demand(slot, now);
     if (demand != 0 && file_->alive(index)) sum += demand;
   }
   bytes = sum;
@@ -130,8 +140,10 @@ Status Ledger::take_byte(int slot, std::unique_ptr<LockFd>& out) {
   return {};
 }
 
-Status Ledger::join(const std::string& name, int64_t static_bytes, std::unique_ptr<Member>& out) {
+Status Ledger::join(const std::string& name, int64_t static_bytes, const PolicyChange& policy,
+                    std::unique_ptr<Member>& out) {
   if (Status status = check_name(name); !status.ok()) return status;
+  if (Status status = policy.check(); !status.ok()) return status;
   if (Status status = check_bytes(static_bytes, "static_bytes"); !status.ok()) return status;
   Section section;
   if (Status status = section.enter(*file_); !status.ok()) return status;
@@ -139,6 +151,11 @@ Status Ledger::join(const std::string& name, int64_t static_bytes, std::unique_p
   // Someone may have opened it with another capacity while nobody was a member.
   if (Status status = file_->still_as_wanted(); !status.ok()) return status;
   reap_dead(*file_, nullptr);
+  const auto guarantee = static_cast<uint64_t>(policy.guarantee.value_or(0));
+  if (Status status = admit(*file_, {-1, name, guarantee, static_cast<uint64_t>(static_bytes)});
+      !status.ok()) {
+    return status;
+  }
   for (int index = 0; index < kSlots; ++index) {
     Slot& slot = file_->slot(index);
     // Whoever holds the byte of a free slot would hide our death.
@@ -149,7 +166,9 @@ Status Ledger::join(const std::string& name, int64_t static_bytes, std::unique_p
     const uint64_t generation = std::max<uint64_t>(header.next_generation.load(), 1);
     header.next_generation.store(generation + 1);
     fill_slot(slot, name, static_cast<uint64_t>(static_bytes));
+    (void)apply(slot, policy);
     slot.generation.store(generation);
+    record(*file_, Kind::join, index, static_cast<uint64_t>(static_bytes));
     out.reset(new Member(file_, std::move(life), index, generation));
     return {};
   }
@@ -158,19 +177,10 @@ Status Ledger::join(const std::string& name, int64_t static_bytes, std::unique_p
 }
 
 Status Ledger::attach(int slot, uint64_t generation, std::unique_ptr<Member>& out) {
-  if (slot < 0 || slot >= kSlots) {
-    return Status::error(Code::invalid_argument, "ledger: slot " + std::to_string(slot) +
-                                                     " is not in 0.." + std::to_string(kSlots - 1));
-  }
   Section section;
   if (Status status = section.enter(*file_); !status.ok()) return status;
   if (Status status = file_->still_at_path(); !status.ok()) return status;
-  if (generation == 0 || file_->slot(slot).generation.load() != generation || !file_->alive(slot)) {
-    return Status::error(Code::lost, "ledger " + path() + ": the member of slot " +
-                                         std::to_string(slot) + ", generation " +
-                                         std::to_string(generation) +
-                                         ", has left or died; start its engine again");
-  }
+  if (Status status = find_member(slot, generation); !status.ok()) return status;
   std::unique_ptr<LockFd> life;
   if (Status status = take_byte(slot, life); !status.ok()) return status;
   out.reset(new Member(file_, std::move(life), slot, generation));

@@ -30,6 +30,7 @@ class LedgerFile {
   Header& header() { return file_->header; }
   const Header& header() const { return file_->header; }
   Slot& slot(int index) { return file_->slots[index]; }
+  Event& event(int index) { return file_->events[index]; }
   int64_t created_ns() const { return created_ns_; }
   // Fails if the numbers this object was opened with have been replaced since.
   Status still_as_wanted() const;

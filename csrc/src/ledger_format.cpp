@@ -14,31 +14,46 @@ int64_t now_ns() {
       .count();
 }
 
+int64_t monotonic_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
 Status check_slot(const Slot& slot, int index, uint64_t capacity) {
   const struct {
     const char* name;
     const Word& value;
     uint64_t limit;
-  } fields[] = {{"leased", slot.leased, capacity},        {"committed", slot.committed, kMaxBytes},
-                {"parked", slot.parked, kMaxBytes},       {"cached", slot.cached, kMaxBytes},
-                {"static", slot.static_bytes, kMaxBytes}, {"demand", slot.demand, kMaxBytes}};
+    uint64_t besides = 0;  // a value that is right too
+  } fields[] = {{"leased bytes", slot.leased, capacity},
+                {"committed bytes", slot.committed, kMaxBytes},
+                {"parked bytes", slot.parked, kMaxBytes},
+                {"cached bytes", slot.cached, kMaxBytes},
+                {"static bytes", slot.static_bytes, kMaxBytes},
+                {"bytes of demand", slot.demand, kMaxBytes},
+                {"returning bytes", slot.returning, kMaxBytes},
+                {"guaranteed bytes", slot.guarantee, kMaxBytes},
+                {"bytes of limit", slot.limit, kMaxBytes, kNone},
+                {"of priority", slot.priority, kMaxPriority},
+                {"of weight", slot.weight, kMaxWeight}};
   for (const auto& field : fields) {
     const uint64_t value = field.value.load();
-    if (value <= field.limit) continue;
+    if (value <= field.limit || (field.besides != 0 && value == field.besides)) continue;
     return Status::error(Code::lost, "ledger: slot " + std::to_string(index) + " claims " +
                                          std::to_string(value) + " " + field.name +
-                                         " bytes, which cannot be; the file is damaged. Stop its "
+                                         ", which cannot be; the file is damaged. Stop its "
                                          "members and delete it");
   }
   return {};
 }
 
-std::string slot_name(const Slot& slot) {
-  std::string name(slot.name, strnlen(slot.name, kNameBytes));
-  for (char& c : name) {
+std::string printable(const char* text, size_t size) {
+  std::string copy(text, strnlen(text, size));
+  for (char& c : copy) {
     if (c < ' ' || c > '~') c = '?';
   }
-  return name;
+  return copy;
 }
 
 Status check_name(const std::string& name) {
@@ -53,6 +68,12 @@ Status check_name(const std::string& name) {
 void fill_slot(Slot& slot, const std::string& name, uint64_t static_bytes) {
   std::memset(static_cast<void*>(&slot), 0, sizeof(slot));
   slot.static_bytes.store(static_bytes);
+  slot.limit.store(kNone);
+  slot.cache_limit.store(kNone);
+  slot.weight.store(kDefaultWeight);
+  slot.desired_version.store(1);
+  slot.observed_version.store(1);
+  slot.touched_ns.store(static_cast<uint64_t>(monotonic_ns()));
   slot.started_ns = now_ns();
   slot.pid = getpid();
   std::memcpy(slot.name, name.data(), name.size());
@@ -72,6 +93,7 @@ void build(File& file, uint64_t capacity, uint64_t headroom) {
   header.capacity.store(capacity);
   header.headroom.store(headroom);
   header.next_generation.store(1);
+  header.next_event.store(1);
   header.version.store(kVersion);
 }
 

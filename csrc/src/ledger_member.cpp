@@ -4,11 +4,24 @@
 
 #include "kvcached/ledger.h"
 #include "ledger_account.h"
+#include "ledger_bell.h"
+#include "ledger_events.h"
 #include "ledger_file.h"
 
 namespace kvc {
 
 using namespace ledger;
+
+namespace {
+
+uint64_t claim_of(const State& state, int slot) {
+  for (int i = 0; i < state.count; ++i) {
+    if (state.members[i].slot == slot) return claimable(state, i);
+  }
+  return 0;
+}
+
+}  // namespace
 
 Member::Member(std::shared_ptr<LedgerFile> file, std::unique_ptr<LockFd> life, int index,
                uint64_t generation)
@@ -40,6 +53,17 @@ Status Member::check_owned() const {
                                        "Stop its members and delete it");
 }
 
+template <typename Operation>
+Status Member::locked(Operation operation) {
+  Wait wait;
+  std::shared_lock staying(leaving_, std::defer_lock);
+  if (Status status = stay(wait, staying); !status.ok()) return status;
+  Section section;
+  if (Status status = section.enter(*file_); !status.ok()) return status;
+  if (Status status = check_owned(); !status.ok()) return status;
+  return operation();
+}
+
 Status Member::grant(int64_t bytes, int64_t quantum, bool partial, int64_t& granted) {
   granted = 0;
   if (Status status = check_bytes(bytes, "a lease"); !status.ok()) return status;
@@ -54,11 +78,13 @@ Status Member::grant(int64_t bytes, int64_t quantum, bool partial, int64_t& gran
   if (Status status = check_owned(); !status.ok()) return status;
   const auto wanted = static_cast<uint64_t>(bytes - bytes % quantum);
   Tally sum;
-  if (!tally(*file_, sum).ok() || sum.available < wanted) {
+  uint64_t claim = 0;
+  if (!tally(*file_, sum).ok() || (claim = claim_of(sum.state, index_)) < wanted) {
     reap_dead(*file_, nullptr);
     if (Status status = tally(*file_, sum); !status.ok()) return status;
+    claim = claim_of(sum.state, index_);
   }
-  uint64_t given = std::min(wanted, sum.available);
+  uint64_t given = std::min(wanted, claim);
   if (given < wanted) given = partial ? given - given % static_cast<uint64_t>(quantum) : 0;
   Word& leased = file_->slot(index_).leased;
   leased.store(leased.load() + given);
@@ -77,6 +103,16 @@ Status Member::lease_up_to(int64_t bytes, int64_t quantum, int64_t& granted) {
   return grant(bytes, quantum, true, granted);
 }
 
+Status Member::claimable(uint64_t& bytes) {
+  return locked([&] {
+    reap_dead(*file_, nullptr);
+    Tally sum;
+    if (Status status = tally(*file_, sum); !status.ok()) return status;
+    bytes = claim_of(sum.state, index_);
+    return Status{};
+  });
+}
+
 Status Member::release(int64_t bytes) {
   if (Status status = check_bytes(bytes, "a release"); !status.ok()) return status;
   Wait wait;
@@ -92,7 +128,11 @@ Status Member::release(int64_t bytes) {
                                                      " bytes, only " + std::to_string(held) +
                                                      " are leased; nothing was released");
   }
+  // What comes back is no longer on its way. First, so that no byte ever counts as both.
+  Word& returning = file_->slot(index_).returning;
+  returning.store(returning.load() - std::min(returning.load(), static_cast<uint64_t>(bytes)));
   leased.store(held - static_cast<uint64_t>(bytes));
+  if (bytes != 0) ring_waiting(*file_);
   return {};
 }
 
@@ -128,22 +168,100 @@ Status Member::store(Word Slot::* field, int64_t bytes, const char* name) {
 Status Member::set_parked(int64_t bytes) { return store(&Slot::parked, bytes, "parked"); }
 Status Member::set_cached(int64_t bytes) { return store(&Slot::cached, bytes, "cached"); }
 Status Member::set_static(int64_t bytes) { return store(&Slot::static_bytes, bytes, "static"); }
-Status Member::set_demand(int64_t bytes) { return store(&Slot::demand, bytes, "demand"); }
-
-Status Member::info(MemberInfo& out) {
+Status Member::set_returning(int64_t bytes) { return store(&Slot::returning, bytes, "returning"); }
+Status Member::touch() {
   Wait wait;
   std::shared_lock staying(leaving_, std::defer_lock);
   if (Status status = stay(wait, staying); !status.ok()) return status;
-  Section section;
-  if (Status status = section.enter(*file_); !status.ok()) return status;
-  if (Status status = check_owned(); !status.ok()) return status;
-  out = describe(*file_, index_);
+  file_->slot(index_).touched_ns.store(static_cast<uint64_t>(monotonic_ns()));
   return {};
+}
+
+// Under steady load it is zero and stays zero, and then costs no lock.
+Status Member::set_demand(int64_t bytes, int64_t waiting) {
+  if (Status status = check_bytes(bytes, "demand"); !status.ok()) return status;
+  if (Status status = check_bytes(waiting, "waiting"); !status.ok()) return status;
+  const auto demand = static_cast<uint64_t>(bytes);
+  {
+    Wait wait;
+    std::shared_lock staying(leaving_, std::defer_lock);
+    if (Status status = stay(wait, staying); !status.ok()) return status;
+    Slot& slot = file_->slot(index_);
+    const int64_t now = monotonic_ns();
+    // When it falls as well: an ask for it that stays would count as unanswered.
+    const bool changed = demand != fresh_demand(slot, now);
+    slot.waiting.store(static_cast<uint64_t>(waiting));
+    slot.demand_ns.store(static_cast<uint64_t>(now));
+    slot.demand.store(demand);
+    if (!changed) return {};
+  }
+  return locked([&] { return replan(*file_); });
+}
+
+Status Member::ask(uint64_t& soft, uint64_t& running) {
+  return locked([&] {
+    if (Status status = replan(*file_); !status.ok()) return status;
+    soft = file_->slot(index_).asked.load();
+    running = file_->slot(index_).asked_running.load();
+    return Status{};
+  });
+}
+
+Status Member::policy(Policy& out) {
+  return locked([&] {
+    const Slot& slot = file_->slot(index_);
+    const auto unless_none = [](uint64_t value) {
+      return value == kNone ? std::nullopt : std::optional(value);
+    };
+    if (Status status = check_slot(slot, index_, kMaxBytes); !status.ok()) return status;
+    out.guarantee = slot.guarantee.load();
+    out.limit = unless_none(slot.limit.load());
+    out.weight = slot.weight.load();
+    out.priority = slot.priority.load();
+    out.cache_limit = unless_none(slot.cache_limit.load());
+    out.version = slot.desired_version.load();
+    out.observed = slot.observed_version.load();
+    out.trim.reset();
+    if (const uint64_t version = slot.trim_version.load(); version != slot.trim_done.load()) {
+      out.trim = Trim{version, unless_none(slot.trim_bytes.load()), slot.trim_cached.load() != 0};
+    }
+    return Status{};
+  });
+}
+
+Status Member::observe(uint64_t version) {
+  return acknowledge(&Slot::desired_version, &Slot::observed_version, version, "policy");
+}
+
+Status Member::trim_done(uint64_t version) {
+  return acknowledge(&Slot::trim_version, &Slot::trim_done, version, "trim");
+}
+
+Status Member::acknowledge(Word Slot::* issued, Word Slot::* done, uint64_t version,
+                           const char* what) {
+  return locked([&] {
+    Slot& slot = file_->slot(index_);
+    if (version > (slot.*issued).load()) {
+      return Status::error(Code::invalid_argument, std::string("ledger: there is no ") + what +
+                                                       " version " + std::to_string(version) +
+                                                       " yet");
+    }
+    (slot.*done).store(version);
+    return Status{};
+  });
+}
+
+Status Member::info(MemberInfo& out) {
+  return locked([&] {
+    out = describe(*file_, index_);
+    return Status{};
+  });
 }
 
 Status Member::leave() {
   // A forked child never held the byte.
   if (life_->lost_in_fork() || left_.exchange(true)) return {};
+  ring(file_->slot(index_).bell);  // those of our threads that wait for it see that we left
   Wait wait;
   std::unique_lock leaving(leaving_, std::defer_lock);
   wait.acquire(leaving);
@@ -153,7 +271,10 @@ Status Member::leave() {
   // If we die here, or could not enter, the slot has no living process and is reaped.
   Slot& slot = file_->slot(index_);
   if (status.ok() && slot.generation.load() == generation_ && !file_->alive(index_)) {
+    record(*file_, Kind::leave, index_, slot.leased.load());
     slot.generation.store(0);
+    ring_waiting(*file_);
+    (void)replan(*file_);
   }
   return status;
 }

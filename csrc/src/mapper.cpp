@@ -5,9 +5,19 @@
 #include <utility>
 
 namespace kvc {
+namespace {
 
-Mapper::Mapper(Arena& arena, std::chrono::milliseconds retry, OnFreed on_freed)
-    : arena_(arena), retry_(retry), on_freed_(std::move(on_freed)), thread_([this] { work(); }) {}
+constexpr std::int64_t kPagesAtOnce = 32;  // of a long decommit
+
+}  // namespace
+
+Mapper::Mapper(Arena& arena, std::chrono::milliseconds retry, OnFreed on_freed, OnMoved on_moved)
+    : arena_(arena),
+      retry_(retry),
+      on_freed_(std::move(on_freed)),
+      on_moved_(std::move(on_moved)),
+      mapped_seen_(arena.calls().map),
+      thread_([this] { work(); }) {}
 
 bool Mapper::share_a_page(std::span<const BlockRange> a, std::span<const BlockRange> b) const {
   const Geometry& geometry = arena_.geometry();
@@ -34,7 +44,7 @@ Status Mapper::commit_now(std::span<const BlockRange> ranges) {
                              }));
     if (!status.ok()) return status;
   }
-  return commit_with_retry(ranges);
+  return commit_timed(ranges);
 }
 
 Status Mapper::commit_ahead(std::span<const BlockRange> ranges) {
@@ -98,6 +108,26 @@ Status Mapper::wait_for(Lock& lock, std::uint64_t ticket) {
   return std::exchange(kept_, {});
 }
 
+// Both threads may be at it: what one counts for the other is not counted again.
+std::uint64_t Mapper::newly_mapped() {
+  const std::uint64_t now = arena_.calls().map;
+  std::uint64_t before = mapped_seen_.load();
+  while (before < now && !mapped_seen_.compare_exchange_weak(before, now)) {
+  }
+  return before < now ? now - before : 0;
+}
+
+Status Mapper::commit_timed(std::span<const BlockRange> ranges) {
+  if (!on_moved_) return commit_with_retry(ranges);
+  const auto start = std::chrono::steady_clock::now();
+  Status status = commit_with_retry(ranges);
+  if (status.ok()) {
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    on_moved_({took.count(), newly_mapped(), 0});
+  }
+  return status;
+}
+
 Status Mapper::commit_with_retry(std::span<const BlockRange> ranges) {
   using Clock = std::chrono::steady_clock;
   const Clock::time_point deadline = Clock::now() + retry_;
@@ -119,11 +149,35 @@ Status Mapper::commit_with_retry(std::span<const BlockRange> ranges) {
 }
 
 Status Mapper::run(const Job& job) {
-  if (job.kind == Kind::commit) return commit_with_retry(job.ranges);
+  if (job.kind == Kind::commit) return commit_timed(job.ranges);
   if (Status status = arena_.backend().fence(); !status.ok()) return status;
+  // Piece by piece: whoever waits for the bytes takes the first while we give up the last.
+  const Geometry& geometry = arena_.geometry();
+  const std::int64_t most =
+      std::max<std::int64_t>(1, kPagesAtOnce * geometry.page_bytes / geometry.block_bytes);
+  std::vector<BlockRange> piece;
+  std::int64_t room = most;
+  for (BlockRange rest : job.ranges) {
+    while (rest.begin < rest.end) {
+      const std::int64_t end = std::min(rest.end, rest.begin + room);
+      piece.push_back({rest.begin, end});
+      room -= end - rest.begin;
+      rest.begin = end;
+      if (room != 0) continue;
+      if (Status status = decommit(piece); !status.ok()) return status;
+      piece.clear();
+      room = most;
+    }
+  }
+  return piece.empty() ? Status{} : decommit(piece);
+}
+
+Status Mapper::decommit(std::span<const BlockRange> ranges) {
   std::size_t returned = 0;
-  Status status = arena_.decommit(job.ranges, &returned);
+  Status status = arena_.decommit(ranges, &returned);
   freed(returned);
+  const std::size_t pages = returned / static_cast<std::size_t>(arena_.geometry().page_bytes);
+  if (on_moved_ && pages != 0) on_moved_({-1, 0, pages});
   return status;
 }
 

@@ -349,13 +349,14 @@ TEST_CASE("another format is rebuilt if unused, and refused if used") {
   auto a = open_ledger(dir.ledger(), 1000);
   auto m = join(*a);
   Raw raw(dir.ledger());
-  SUBCASE("older") { raw.file->header.version.store(0); }
-  SUBCASE("newer") { raw.file->header.version.store(2); }
+  SUBCASE("older") { raw.file->header.version.store(1); }
+  SUBCASE("unfinished") { raw.file->header.version.store(0); }
+  SUBCASE("newer") { raw.file->header.version.store(ledger::kVersion + 1); }
   SUBCASE("other layout") { raw.file->header.layout ^= 1; }
   const Status refused = try_open(dir.ledger());
   CHECK(refused.code == Code::not_supported);
   CHECK(mentions(refused, "one release"));
-  const bool same_version = raw.file->header.version.load() == 1;
+  const bool same_version = raw.file->header.version.load() == ledger::kVersion;
   m.reset();
   CHECK(mentions(try_open(dir.ledger(), std::nullopt), "start an engine"));
   auto b = open_ledger(dir.ledger(), 2000);
@@ -380,6 +381,12 @@ TEST_CASE("impossible values are reported while in use and dropped when not") {
     raw.file->slots[o->slot()].leased.store(1);
   }
   SUBCASE("committed bytes") { other.committed.store(kHuge); }
+  SUBCASE("a guarantee") { other.guarantee.store(kHuge); }
+  SUBCASE("a limit") { other.limit.store(kHuge - 1); }
+  SUBCASE("a weight") { other.weight.store(ledger::kMaxWeight + 1); }
+  SUBCASE("a priority") { other.priority.store(ledger::kMaxPriority + 1); }
+  SUBCASE("returning bytes") { other.returning.store(kHuge); }
+  SUBCASE("demand") { other.demand.store(kHuge); }
   SUBCASE("the capacity") { header.capacity.store(kHuge); }
   SUBCASE("no capacity") {
     header.capacity.store(0);

@@ -95,6 +95,17 @@ TEST_CASE("a member killed in a loop of leases gives its bytes back, hundreds of
           if (!member->lease(300, granted).ok()) return false;
           if (granted && !member->release(299).ok()) return false;
           if (!member->add_committed(1).ok()) return false;
+          uint64_t soft = 0;
+          uint64_t running = 0;
+          uint64_t version = 0;
+          PolicyChange change;
+          change.guarantee = granted ? 100 : 0;
+          if (!member->set_demand(500, 1).ok() || !member->ask(soft, running).ok() ||
+              !member->set_demand(0).ok() ||
+              !own->set_policy(member->slot(), member->generation(), change, version).ok() ||
+              !own->trim(member->slot(), member->generation(), -1, true, version).ok()) {
+            return false;
+          }
         }
       }));
     }
@@ -175,8 +186,13 @@ TEST_CASE("a process may die at any system call, from creating the ledger to lea
       std::unique_ptr<Member> member;
       std::unique_ptr<Member> worker;
       bool granted = false;
+      uint64_t version = 0;
+      PolicyChange change;
+      change.limit = 300;
       return child_joins(dir.ledger(), own, member) && member->lease(600, granted).ok() &&
-             granted && member->release(100).ok() &&
+             granted && member->release(100).ok() && member->set_demand(900).ok() &&
+             own->set_policy(member->slot(), member->generation(), change, version).ok() &&
+             own->note("preempt", member->slot(), 1).ok() &&
              own->attach(member->slot(), member->generation(), worker).ok() &&
              member->leave().ok() && worker->leave().ok();
     });
@@ -204,8 +220,14 @@ TEST_CASE("a member may die at any instruction of a lease, a release or a depart
   const auto operate = [](Ledger& own) {
     std::unique_ptr<Member> member;
     bool granted = false;
+    uint64_t version = 0;
+    PolicyChange change;
+    change.limit = 500;
+    change.guarantee = 400;
     return own.join("child", 0, member).ok() && member->lease(900, granted).ok() && granted &&
-           member->release(1).ok() && member->leave().ok();
+           member->release(1).ok() && member->set_demand(50).ok() &&
+           own.set_policy(member->slot(), member->generation(), change, version).ok() &&
+           member->leave().ok();
   };
   const auto body = [&] {
     std::unique_ptr<Ledger> own;
@@ -235,6 +257,9 @@ TEST_CASE("a member may die at any instruction of a lease, a release or a depart
       child.pid = -1;  // it has ended: no two runs take quite as many steps
     }
     CHECK(lease(*witness, 900));
+    std::vector<LedgerEvent> events;
+    REQUIRE(ledger->events(0, events).ok());
+    for (size_t i = 1; i < events.size(); ++i) CHECK(events[i - 1].seq < events[i].seq);
     REQUIRE(witness->release(900).ok());
     CHECK(leased(*ledger) == 100);
   }

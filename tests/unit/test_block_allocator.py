@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -318,3 +318,42 @@ def test_indices_are_checked() -> None:
     for method in (allocator.grow, allocator.cost, allocator.allocate, allocator.shrink):
         with pytest.raises(VmmError, match="negative"):
             method(-1)
+
+
+@given(
+    block_bytes=st.sampled_from([256, 300, 1024, 1500]),
+    data=st.data(),
+)
+@settings(max_examples=200, deadline=None)
+def test_pages_are_emptied_whole_and_in_order(block_bytes: int, data: st.DataObject) -> None:
+    allocator = BlockAllocator(40, [Geometry(block_bytes, 1024, 40)])
+    allocator.grow(39)
+    live = allocator.allocate(data.draw(st.integers(1, 39)))
+    candidates = data.draw(st.permutations(live))[: data.draw(st.integers(0, len(live)))]
+    wanted = data.draw(st.integers(0, 45))
+
+    touching: dict[int, set[int]] = {}
+    for block in [0, *live]:
+        for page in range(*allocator.pages_of(block)):
+            touching.setdefault(page, set()).add(block)
+    place = {block: i for i, block in enumerate(candidates)}
+    # When the last block of a page comes up, the page can be emptied.
+    ready = {p: max(place[b] for b in bs) for p, bs in touching.items() if bs <= place.keys()}
+    stop = sorted(ready.values())[: max(wanted, 0)]
+    emptied = {p for p, at in ready.items() if stop and at <= stop[-1]}
+
+    got = allocator.emptied_by(list(candidates), wanted)
+    assert got == [b for b in candidates if emptied & set(range(*allocator.pages_of(b)))]
+    before = allocator.parked_pages
+    allocator.free(got)
+    assert allocator.parked_pages - before == len(emptied)
+    assert len(emptied) >= min(wanted, len(ready))
+
+
+def test_only_live_blocks_can_be_emptied() -> None:
+    allocator = BlockAllocator(8, [Geometry(1024, 1024, 8)])
+    allocator.grow(7)
+    with pytest.raises(VmmError, match="block 3 is not live"):
+        allocator.emptied_by([3], 1)
+    with pytest.raises(VmmError, match="pages"):
+        allocator.emptied_by([], -1)

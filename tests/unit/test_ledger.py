@@ -23,10 +23,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvcached_core._core import Ledger, Member, VmmError
+from kvcached_core._core import Ledger, LedgerRefused, Member, VmmError
 
 CAPACITY = 1000
-FILE_BYTES = 4096 + 64 * 512
+SLOT_BYTES = 2048
+FILE_BYTES = 4096 + 64 * SLOT_BYTES + 256 * 256
 MUTEX_BYTE = (1 << 20) - 1
 MEMBER_BYTES = 1 << 20
 F_OFD_SETLK = 37
@@ -85,6 +86,11 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), static=st.integers(0, 200))
     def join(self, data: st.DataObject, static: int) -> None:
         ledger = data.draw(st.sampled_from(self.ledgers))
+        taken = sum(entry.static for entry in self.members) + self.headroom
+        if static and taken + static > CAPACITY:
+            with pytest.raises(LedgerRefused, match="do not fit"):
+                ledger.join("too much", static)
+            return
         member = ledger.join(f"member {len(self.members)}", static)
         self.members.append(ModelMember(ledger, member, static))
 
@@ -377,7 +383,7 @@ def test_python_threads_share_a_member(path: Path) -> None:
 def test_facts_about_a_ledger(path: Path) -> None:
     ledger = Ledger(path, CAPACITY, 10)
     assert (ledger.path, ledger.capacity, ledger.headroom) == (str(path), CAPACITY, 10)
-    assert ledger.version == 1
+    assert ledger.version == 2
     assert abs(ledger.create_time - time.time()) < 60
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.parent.stat().st_mode & 0o777 == 0o700
@@ -509,19 +515,19 @@ def patch(path: Path, offset: int, data: bytes) -> None:
 def test_an_older_version_is_rebuilt_only_when_unused(path: Path) -> None:
     ledger = Ledger(path, CAPACITY)
     member = ledger.join("old")
-    patch(path, 8, struct.pack("<I", 0))
+    patch(path, 8, struct.pack("<I", 1))
     with pytest.raises(VmmError, match="use one release for all"):
         Ledger(path, CAPACITY)
     with pytest.raises(VmmError, match="restart this process"):
         member.lease(1)
     del member
-    assert Ledger(path, CAPACITY).version == 1
+    assert Ledger(path, CAPACITY).version == 2
 
 
 def test_absurd_values_are_an_error_for_the_living(path: Path) -> None:
     ledger = Ledger(path, CAPACITY)
     one, two = ledger.join("one"), ledger.join("two")
-    patch(path, 4096 + 512 * two.slot + 8, struct.pack("<Q", 2**64 - 1))
+    patch(path, 4096 + SLOT_BYTES * two.slot + 8, struct.pack("<Q", 2**64 - 1))
     for call in (lambda: one.lease(1), ledger.available, ledger.total_leased):
         with pytest.raises(VmmError, match=r"slot 1 claims.*delete it"):
             call()
@@ -550,13 +556,23 @@ def use_everything(path: Path, capacity: int | None) -> None:
     ledger.total_demand()
     if member.lease(10):
         member.release(10)
+    member.claimable()
+    member.set_demand(10)
+    member.ask()
+    member.policy()
     member.info()
+    ledger.events()
+    ledger.overdraft()
     ledger.reap()
 
 
 PATCHES = st.lists(
     st.tuples(
-        st.one_of(st.integers(0, 127), st.integers(4096, 4096 + 1023)),
+        st.one_of(
+            st.integers(0, 127),
+            st.integers(4096, 4096 + 1200),
+            st.integers(FILE_BYTES - 256 * 256, FILE_BYTES - 255 * 256),
+        ),
         st.one_of(st.binary(min_size=1, max_size=8), st.sampled_from([b"\xff" * 8, b"\0" * 8])),
     ),
     min_size=1,

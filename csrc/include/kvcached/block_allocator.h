@@ -56,6 +56,12 @@ class BlockAllocator {
   // All or nothing. Among blocks of equally full pages, blocks[0] is the first to be reused.
   Status free(std::span<const int32_t> blocks);
 
+  // Which of `candidates`, live blocks in the order they should go, to free so that `pages` primary
+  // pages have no live block, or as many as there can be. A page is emptied whole or left alone,
+  // and those whose last block stands earliest in `candidates` go first.
+  Status emptied_by(std::span<const int32_t> candidates, int64_t pages,
+                    std::vector<int32_t>& out) const;
+
   int64_t num_blocks() const { return static_cast<int64_t>(state_.size()); }
   int64_t num_live() const { return num_blocks() - num_clean_ - uncommitted_.size(); }
   int64_t num_clean() const { return num_clean_; }

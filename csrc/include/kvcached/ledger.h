@@ -13,6 +13,7 @@
 // stay valid among those that hold them.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -21,6 +22,7 @@
 #include <string>
 #include <vector>
 
+#include "kvcached/ledger_stats.h"
 #include "kvcached/status.h"
 #include "kvcached/wait.h"
 
@@ -44,12 +46,63 @@ struct MemberInfo {
   uint64_t cached = 0;
   uint64_t static_bytes = 0;
   uint64_t demand = 0;
-  // Kept for policy; zero until something sets them.
-  uint64_t limit = 0;
+  std::optional<uint64_t> limit;
+  std::optional<uint64_t> cache_limit;
   uint64_t guarantee = 0;
   uint64_t weight = 0;
   uint64_t priority = 0;
+  uint64_t desired_version = 0;
+  uint64_t observed_version = 0;  // equal once the member complies with its policy
+  uint64_t asked = 0;             // of parked and cached bytes, by the latest plan
+  uint64_t asked_running = 0;     // beyond those: running requests must go
+  uint64_t returning = 0;         // decommitted, and not yet released by its workers
+  uint64_t waiting = 0;           // requests
+  uint64_t passed_over = 0;       // times it did not answer an ask in time
+  bool trim_pending = false;
+  double idle_s = 0;  // since it last ran a step
+  std::array<uint64_t, kCounters> counters = {};
+  std::array<Histogram, kTimes> times = {};
   double started = 0;  // seconds since the epoch
+};
+
+struct Trim {
+  uint64_t version = 0;
+  std::optional<uint64_t> bytes;  // none: all that is unused
+  bool cached = false;            // after the parked pages, unreferenced prefix cache too
+};
+
+struct Policy {
+  uint64_t guarantee = 0;
+  std::optional<uint64_t> limit;
+  uint64_t weight = 0;
+  uint64_t priority = 0;
+  std::optional<uint64_t> cache_limit;
+  uint64_t version = 0;
+  uint64_t observed = 0;
+  std::optional<Trim> trim;  // while one is pending
+};
+
+// What is absent stays as it is, or as it is for a member without a policy.
+struct PolicyChange {
+  std::optional<int64_t> guarantee;
+  std::optional<int64_t> limit;  // -1: none
+  std::optional<int64_t> weight;
+  std::optional<int64_t> priority;
+  std::optional<int64_t> cache_limit;  // -1: none
+  std::optional<uint64_t> expected_version;
+
+  // Whether each number is one a policy may have.
+  Status check() const;
+};
+
+struct LedgerEvent {
+  uint64_t seq = 0;
+  double time = 0;  // seconds since the epoch
+  std::string kind;
+  int slot = -1;  // -1: of no member
+  std::string name;
+  uint64_t bytes = 0;
+  std::string text;
 };
 
 // One process's share in a member: a slot of the ledger that stays taken while any process that
@@ -63,11 +116,15 @@ class Member {
   int slot() const { return index_; }
   uint64_t generation() const { return generation_; }
 
-  // All or nothing; `granted` false is "not now". Before it says no, the dead are reaped.
+  // All or nothing; `granted` false is "not now": the memory is not there, or it is kept for the
+  // guarantee of another, or for one that waits and ranks before. Before it says no, the dead are
+  // reaped.
   Status lease(int64_t bytes, bool& granted);
   // As much as there is, up to `bytes`, in multiples of `quantum`.
   Status lease_up_to(int64_t bytes, int64_t quantum, int64_t& granted);
-  // More than is leased is invalid_argument and changes nothing.
+  // What could be leased now.
+  Status claimable(uint64_t& bytes);
+  // More than is leased is invalid_argument and changes nothing. Rings for those who wait.
   Status release(int64_t bytes);
 
   // What the processes of the member take from the driver and give back. Wait-free but for other
@@ -76,7 +133,27 @@ class Member {
   Status set_parked(int64_t bytes);
   Status set_cached(int64_t bytes);
   Status set_static(int64_t bytes);
-  Status set_demand(int64_t bytes);
+  // What this member waits for, and how many requests of it do. Counts for 5 s, then post it again.
+  Status set_demand(int64_t bytes, int64_t waiting = 0);
+  Status set_returning(int64_t bytes);
+  Status touch();  // a step ran now
+
+  // What this member is asked to give back, worked out anew: of parked and cached bytes, and
+  // beyond those. An ask that brings nothing back for 300 ms is withdrawn for 3 s and put to
+  // others, but for one to keep within the member's own limit.
+  Status ask(uint64_t& soft, uint64_t& running);
+  Status policy(Policy& out);
+  Status observe(uint64_t version);  // the member now complies with it
+  Status trim_done(uint64_t version);
+
+  // Lock-free; for any process of the member.
+  Status count(Counter counter, uint64_t n = 1);
+  Status time(Timed kind, double seconds);
+
+  // Rung when the member is asked for more, its policy changes, or it waits and bytes came back.
+  Status bell(uint32_t& out);
+  // Returns once the bell is not `seen`, or after the timeout.
+  Status wait_bell(uint32_t seen, int64_t timeout_ms, uint32_t& out);
 
   Status info(MemberInfo& out);
   // Gives up this process's share; the last process of the member frees its slot and its leases.
@@ -91,6 +168,11 @@ class Member {
   Status check_owned() const;
   Status stay(Wait& wait, std::shared_lock<std::shared_mutex>& staying) const;
   Status store(std::atomic<uint64_t> ledger::Slot::* field, int64_t bytes, const char* name);
+  Status acknowledge(std::atomic<uint64_t> ledger::Slot::* issued,
+                     std::atomic<uint64_t> ledger::Slot::* done, uint64_t version,
+                     const char* what);
+  template <typename Operation>
+  Status locked(Operation operation);
   Status grant(int64_t bytes, int64_t quantum, bool partial, int64_t& granted);
 
   const std::shared_ptr<ledger::LedgerFile> file_;
@@ -130,11 +212,28 @@ class Ledger {
   // Frees the slots of members no process of which lives; their leases return.
   Status reap(std::vector<MemberInfo>& out);
 
-  Status join(const std::string& name, int64_t static_bytes, std::unique_ptr<Member>& out);
+  // Refused if what guarantees and static bytes there are leaves no room for those of this one.
+  Status join(const std::string& name, int64_t static_bytes, const PolicyChange& policy,
+              std::unique_ptr<Member>& out);
+  Status join(const std::string& name, int64_t static_bytes, std::unique_ptr<Member>& out) {
+    return join(name, static_bytes, {}, out);
+  }
   // A further process of a member, a worker say.
   Status attach(int slot, uint64_t generation, std::unique_ptr<Member>& out);
 
+  // Takes effect at once for leases; the member acknowledges the version once it complies.
+  Status set_policy(int slot, uint64_t generation, const PolicyChange& change, uint64_t& version);
+  // Asks a member to give back bytes it does not use; -1: all. Replaces one that is pending.
+  Status trim(int slot, uint64_t generation, int64_t bytes, bool cached, uint64_t& version);
+  // The latest 256 at most, oldest first, with numbers above `since`.
+  Status events(uint64_t since, std::vector<LedgerEvent>& out);
+  // Records an event; kinds are those of `events`.
+  Status note(const std::string& kind, int slot, int64_t bytes);
+  // By how much leases, headroom and non-KV memory exceed the capacity.
+  Status overdraft(uint64_t& bytes);
+
  private:
+  Status find_member(int slot, uint64_t generation) const;
   explicit Ledger(std::shared_ptr<ledger::LedgerFile> file) : file_(std::move(file)) {}
   Status take_byte(int slot, std::unique_ptr<ledger::LockFd>& out);
 

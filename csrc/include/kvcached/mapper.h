@@ -2,6 +2,7 @@
 // Applies commits and decommits to an arena, in the background where they can wait.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -21,16 +22,26 @@ namespace kvc {
 // page with it (so that pages come and go in the order they were promised), but passes other
 // decommits: these wait for the device, which an engine's next step must not.
 //
-// A queued call that fails has changed nothing, and whoever queued it no longer knows what is
-// committed. So its error is kept, with the code `lost`, and returned by the next call of any
-// method but stop, which does nothing else then. Thread-safe.
+// A queued call that fails has changed nothing (a long decommit: nothing of the piece that failed
+// and of those behind it), and whoever queued it no longer knows what is committed. So its error is
+// kept, with the code `lost`, and returned by the next call of any method but stop, which does
+// nothing else then. Thread-safe.
 class Mapper {
  public:
   // A commit for which physical memory is short is tried again for as long as `retry`: another
   // process may be about to give back what was leased to this one. `on_freed`, from either thread,
   // is told the bytes that Arena says are freed.
   using OnFreed = std::function<void(std::size_t bytes)>;
-  explicit Mapper(Arena& arena, std::chrono::milliseconds retry = {}, OnFreed on_freed = {});
+  // Is told of every call that took effect, from either thread: the time a commit took, waits for
+  // memory included (negative for a decommit), and the pages that were mapped or went back.
+  struct Moved {
+    double commit_s = -1;
+    std::uint64_t mapped = 0;
+    std::uint64_t returned = 0;
+  };
+  using OnMoved = std::function<void(const Moved&)>;
+  explicit Mapper(Arena& arena, std::chrono::milliseconds retry = {}, OnFreed on_freed = {},
+                  OnMoved on_moved = {});
   Mapper(const Mapper&) = delete;
   Mapper& operator=(const Mapper&) = delete;
   ~Mapper() { stop(); }
@@ -63,13 +74,18 @@ class Mapper {
   Status wait_for(Lock& lock, std::uint64_t ticket);
   bool share_a_page(std::span<const BlockRange> a, std::span<const BlockRange> b) const;
   void freed(std::size_t bytes) const;
+  Status commit_timed(std::span<const BlockRange> ranges);
   Status commit_with_retry(std::span<const BlockRange> ranges);
+  std::uint64_t newly_mapped();
   Status run(const Job& job);
+  Status decommit(std::span<const BlockRange> ranges);
   void work();
 
   Arena& arena_;
   const std::chrono::milliseconds retry_;
   const OnFreed on_freed_;
+  const OnMoved on_moved_;
+  std::atomic<std::uint64_t> mapped_seen_;  // of the arena's calls, those on_moved_ was told
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;  // a job was queued or done, or stop was asked for

@@ -14,6 +14,7 @@ enum class Code {
   not_supported,     // this machine or driver cannot do it
   driver,            // the driver or the OS refused; driver_code is its own number
   lost,              // shared state can no longer be trusted
+  refused,           // a policy says no; the message names the holders and the remedy
 };
 
 struct [[nodiscard]] Status {
