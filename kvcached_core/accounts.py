@@ -8,7 +8,8 @@ none, so a block is never backed on one rank and missing on another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ._core import Ledger, Member
@@ -30,11 +31,31 @@ class Account:
         return sum(count * cost for count, cost in zip(pages, self.page_cost, strict=True))
 
 
+class Bell:
+    """One listener to a ledger's news.
+
+    Engines with several ledgers listen to the first; what the others have to
+    say is seen after the timeout.
+    """
+
+    def __init__(self, member: Member | None) -> None:
+        self._member = member
+        self._heard = member.bell if member is not None else 0
+
+    def wait(self, timeout_ms: int) -> None:
+        """Return at the next news, at once if there was some, or after ``timeout_ms``."""
+        if self._member is None:
+            time.sleep(timeout_ms / 1000)
+        else:
+            self._heard = self._member.wait_bell(self._heard, timeout_ms)
+
+
 class Accounts:
     """All-or-nothing leases over several ledgers."""
 
     def __init__(self, accounts: Sequence[Account]) -> None:
         self._accounts = tuple(accounts)
+        self._counted: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[Account]:
         return iter(self._accounts)
@@ -64,15 +85,55 @@ class Accounts:
         """
         blocks = uncommitted
         for account in self._accounts:
-            available = account.ledger.available()
+            available = account.member.claimable()
             if available < account.cost(uncommitted_pages):
                 blocks = min(blocks, available // max(account.block_cost, 1))
         return blocks
 
-    def set_demand(self, pages: Sequence[int]) -> None:
+    def wait_for(self, pages: Sequence[int], timeout_s: float) -> bool:
+        """Lease ``pages[g]``, waiting while others give memory back; False if they did not."""
+        deadline = time.monotonic() + timeout_s
+        bell = self.bell()
+        granted = self.lease(pages)
+        while not granted and time.monotonic() < deadline:
+            self.set_demand(pages, 1)
+            bell.wait(20)
+            granted = self.lease(pages)
+        if timeout_s:
+            self.set_demand([0] * len(pages), 0)
+        return granted
+
+    def bell(self) -> Bell:
+        """Rings when a ledger has news for this engine."""
+        return Bell(self._accounts[0].member if self._accounts else None)
+
+    def set_demand(self, pages: Sequence[int], waiting: int) -> None:
         """Tell the other members what this engine waits for; zeros withdraw it."""
         for account in self._accounts:
-            account.member.set_demand(account.cost(pages))
+            account.member.set_demand(account.cost(pages), waiting)
+
+    def touch(self) -> None:
+        """A step runs: this engine is not idle."""
+        for account in self._accounts:
+            account.member.touch()
+
+    def note_preemption(self, num_bytes: int) -> None:
+        for account in self._accounts:
+            account.ledger.note("preempt", account.member.slot, num_bytes)
+
+    def time(self, kind: str, seconds: float) -> None:
+        """Add to a histogram of the ledgers: ``map``, ``step``, ``wait`` or ``reclaim``."""
+        for account in self._accounts:
+            account.member.time(kind, seconds)
+
+    def count(self, totals: Mapping[str, int]) -> None:
+        """Bring the ledgers' counters up to ``totals``; those they do not keep are left out."""
+        for name in ("cache_hits", "cache_evictions", "preemptions", "shortages"):
+            more = totals[name] - self._counted.get(name, 0)
+            if more:
+                self._counted[name] = totals[name]
+                for account in self._accounts:
+                    account.member.count(name, more)
 
     def close(self) -> None:
         for account in self._accounts:

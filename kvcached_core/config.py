@@ -16,12 +16,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from .units import parse_size
+from .units import Amount, parse_size
 
 SWITCH = "ENABLE_KVCACHED"
 PREFIX = "KVCACHED_"
 
 Bytes = Annotated[int, BeforeValidator(parse_size)]
+AmountOf = Annotated[Amount, BeforeValidator(Amount.parse)]
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"", "0", "false", "no", "off"}
@@ -80,7 +81,19 @@ class Config(BaseModel):
     """Bytes kept committed ahead of a growing engine; ``None`` takes the device's default."""
     max_kv: Bytes | None = Field(default=None, gt=0)
     """Upper bound of this engine's KV cache per rank; ``None`` leaves it to the ledger."""
-    retry_ms: int = Field(default=10_000, ge=0)
+    guarantee: AmountOf = Amount(0)
+    """Bytes (or percent) of each ledger that others never hold against this engine."""
+    limit: AmountOf = Amount()
+    """Bytes (or percent) of each ledger this engine never exceeds; ``unlimited`` for none."""
+    weight: int = Field(default=100, ge=1, le=10_000)
+    """Share of contended memory relative to the other engines' weights."""
+    priority: int = Field(default=0, ge=0, le=100)
+    """Engines of higher priority are served first, at the cost of lower ones' requests."""
+    prefix_cache: AmountOf = Amount()
+    """Bound of unreferenced prefix-cache blocks; ``unlimited`` holds them until others ask."""
+    start_wait_ms: int = Field(default=30_000, ge=0)
+    """How long a starting engine waits for its first page while others give memory back."""
+    retry_ms: int = Field(default=60_000, ge=0)
     """How long a worker waits for a foreign process that holds leased memory."""
     capacity: Bytes = Field(default_factory=default_host_capacity, gt=0)
     """Host backend only: bytes all engines share."""

@@ -152,6 +152,7 @@ class ElasticFreeQueue:
         return taken
 
     def remove(self, block: Any) -> None:
+        self._scheduler.counters["cache_hits"] += 1
         self._cached.remove(block)
 
     def append(self, block: Any) -> None:
@@ -194,9 +195,33 @@ class ElasticFreeQueue:
         if freed:
             self._allocator.free(freed)
 
-    def evict_until(self, parked_pages: int) -> None:
-        """Evict least recently used prefixes until that many pages hold nothing."""
-        while self._cached.num_free_blocks and self._allocator.parked_pages < parked_pages:
-            block = self._cached.popleft()
-            self._evict(block)
-            self._allocator.free([block.block_id])
+    def empty_pages(self, num_pages: int) -> None:
+        """Evict cached blocks that empty ``num_pages`` more pages, or as many as they can.
+
+        Pages empty in the order of their most recently used block, and blocks on
+        pages that cannot be emptied stay.
+        """
+        if num_pages <= 0 or not self._cached.num_free_blocks:
+            return
+        blocks = self._cached.get_all_free_blocks()
+        ids = self._allocator.emptied_by([block.block_id for block in blocks], num_pages)
+        for block_id in ids:
+            self._cached.remove(self._blocks[block_id])
+        self._drop(ids)
+
+    def evict_down_to(self, num_blocks: int) -> None:
+        """Evict until at most ``num_blocks`` are cached: whole pages first, then the oldest."""
+        excess = self._cached.num_free_blocks - num_blocks
+        if excess <= 0:
+            return
+        self.empty_pages(excess // self._scheduler.blocks_per_page)
+        excess = self._cached.num_free_blocks - num_blocks
+        if excess > 0:
+            self._drop([block.block_id for block in self._cached.popleft_n(excess)])
+
+    def _drop(self, block_ids: list[int]) -> None:
+        for block_id in block_ids:
+            self._evict(self._blocks[block_id])
+        if block_ids:
+            self._allocator.free(block_ids)
+            self._scheduler.counters["cache_evictions"] += len(block_ids)

@@ -15,12 +15,18 @@ from typing import Any
 from ._core import BlockAllocator, Geometry
 from .accounts import Account, Accounts
 from .decay import LowWater
+from .demand import Demand, Request
 from .free_queue import BlockList, ElasticFreeQueue
+from .metrics import HISTOGRAMS, HistogramFeed
 from .plan import ArenaShape, BlockRanges, StepOps
 from .usage import DeviceUsage
 from .watcher import Watcher
 
 _USAGE_PERIOD_S = 0.1
+_STARVED_PAUSE_MS = 2
+"""How long an engine that could run nothing for want of memory waits for some."""
+_PREEMPTION_PAUSE = 3
+"""Passes from one preemption for others to the next: its blocks may come back late."""
 
 
 def geometry_of(shape: ArenaShape) -> Geometry:
@@ -28,7 +34,9 @@ def geometry_of(shape: ArenaShape) -> Geometry:
 
 
 class ElasticScheduler:
-    """Capacity of one engine; single-threaded but for :meth:`wants_step`.
+    """Capacity of one engine; single-threaded but for :meth:`attend` and :meth:`wants_step`.
+
+    A scheduling pass is :meth:`begin_pass`, the engine's own work, :meth:`take_ops`.
 
     Args:
         num_blocks: virtual blocks, the null block (id 0) among them.
@@ -38,6 +46,8 @@ class ElasticScheduler:
         ahead_bytes: what a growing engine keeps committed ahead, likewise.
         decay_s: how long pages beyond ``parked_bytes`` stay unused first.
         usages: driver totals for accounts that sit on a GPU, or None.
+        block_tokens: tokens one block holds for every KV group, to size demand by.
+        start_wait_s: how long to wait for the first page while others give memory back.
 
     Raises:
         MemoryError: not even the null block can be leased.
@@ -53,31 +63,51 @@ class ElasticScheduler:
         ahead_bytes: int = 0,
         decay_s: float = 2.0,
         usages: Sequence[DeviceUsage | None] = (),
+        block_tokens: float = 16.0,
+        start_wait_s: float = 0.0,
     ) -> None:
         geometries = [geometry_of(shape) for shape in shapes]
         self.allocator = BlockAllocator(num_blocks, geometries)
         self.accounts = Accounts(accounts)
         self.queue: ElasticFreeQueue | None = None
+        self.counters = dict.fromkeys(
+            (
+                "committed_pages",
+                "decommitted_pages",
+                "reclaim_steps",
+                "shortages",
+                "cache_hits",
+                "cache_evictions",
+                "preemptions",
+            ),
+            0,
+        )
         self._num_geometries = len(geometries)
         self._total_pages = [g.pages_per_segment for g in geometries]
         self._page_bytes = shapes[0].page_bytes * shapes[0].segments
         self._block_bytes = shapes[0].block_bytes * shapes[0].segments
+        self.blocks_per_page = max(1, self._page_bytes // self._block_bytes)
         self._parked_pages = -(-parked_bytes // self._page_bytes)
         self._ahead_blocks = -(-ahead_bytes // self._block_bytes) if ahead_bytes else 0
         self._decay = LowWater(decay_s)
         self._usages = tuple(usages)
         self._usage_at = 0.0
+        self._feed = HistogramFeed()
         self._commit: BlockRanges = []
-        self._shortage = 0
-        self._demand = 0
+        self._decommit: BlockRanges = []
+        self._owed_pages = 0
+        self._keep_pages = 0
+        self._asked_since: float | None = None
+        self._trimmed: dict[int, int] = {}
+        self._bell = self.accounts.bell()
+        self._passes = 0
+        self._preempted_in = -_PREEMPTION_PAUSE
         self._settling = False
         self._watcher: Watcher | None = None
-        self._counters = dict.fromkeys(
-            ("committed_pages", "decommitted_pages", "reclaim_steps", "shortages"), 0
-        )
+        self._demand = Demand(self.accounts, self.allocator.cost, block_tokens)
         self.refresh_usage(force=True)
         first = [self.allocator.committed_pages(g) for g in range(self._num_geometries)]
-        if not self.accounts.lease(first):
+        if not self.accounts.wait_for(first, start_wait_s):
             raise MemoryError("not even the null block's page can be leased")
 
     def free_queue(
@@ -93,7 +123,8 @@ class ElasticScheduler:
         """Uncommitted blocks the ledgers could back now."""
         allocator = self.allocator
         uncommitted = allocator.num_uncommitted
-        if not uncommitted:
+        # What was given back in this pass must not come back before its workers heard of it.
+        if not uncommitted or self._decommit:
             return 0
         left = [total - allocator.committed_pages(g) for g, total in enumerate(self._total_pages)]
         return self.accounts.affordable_blocks(uncommitted, left)
@@ -105,13 +136,15 @@ class ElasticScheduler:
         return sum(end - start for start, end in ranges)
 
     def _grow(self, num_blocks: int) -> BlockRanges:
+        if self._decommit:
+            return []
         self.refresh_usage()
         num_blocks = min(num_blocks, self.allocator.num_uncommitted)
         ranges: BlockRanges = []
         while num_blocks > 0:
             growth = self.allocator.grow(num_blocks)
             if self.accounts.lease(growth.page_delta):
-                self._counters["committed_pages"] += sum(growth.page_delta)
+                self.counters["committed_pages"] += sum(growth.page_delta)
                 return ranges + growth.ranges
             self.allocator.undo(growth)
             # Not all: take what there is, and halve if that was too hopeful.
@@ -121,33 +154,87 @@ class ElasticScheduler:
 
     def note_shortage(self, num_blocks: int) -> None:
         """The engine was short of that many blocks; other members hear of it."""
-        self._shortage = max(self._shortage, num_blocks)
-        self._counters["shortages"] += 1
-        self._post_demand(self._shortage)
+        self.counters["shortages"] += 1
+        self._demand.note(num_blocks)
 
-    def _post_demand(self, num_blocks: int) -> None:
-        if num_blocks != self._demand:
-            self._demand = num_blocks
-            self.accounts.set_demand(self.allocator.cost(num_blocks))
+    # -- a scheduling pass ----------------------------------------------------
 
-    # -- shrinking ------------------------------------------------------------
+    def begin_pass(self, running: Sequence[Request] = (), waiting: Sequence[Request] = ()) -> int:
+        """Give back what others have a claim to, before this pass hands out any block.
 
-    def take_ops(self) -> StepOps:
+        Args:
+            running: the engine's running requests, the one to be preempted first at the end.
+            waiting: its waiting requests; what they need is posted if memory is short.
+
+        Returns:
+            How many running requests, from the end, the engine must preempt now.
+        """
+        self._passes += 1
+        self._demand.begin(waiting)
+        self.accounts.touch()
+        asked, asked_running = self._pages_asked()
+        trimmed, with_cache = self._pages_to_trim()
+        if asked and self._asked_since is None:
+            self._asked_since = time.monotonic()
+        preempt = 0
+        if asked_running and self._passes - self._preempted_in >= _PREEMPTION_PAUSE:
+            preempt = self._demand.last_requests(running, asked_running * self.blocks_per_page)
+        if preempt:
+            self._preempted_in = self._passes
+            self.counters["preemptions"] += preempt
+            self.accounts.note_preemption(asked_running * self._page_bytes)
+        # Memory for what runs now is not spare, unless requests are to go anyway.
+        self._keep_pages = 0 if asked_running else self._pages_for_next(running)
+        self._owed_pages = max(asked + asked_running, trimmed)
+        if self._owed_pages:
+            self.counters["reclaim_steps"] += 1
+            evict_for = max(asked, trimmed if with_cache else 0) + self._keep_pages
+            if self.queue is not None and evict_for > self.allocator.parked_pages:
+                self.queue.empty_pages(evict_for - self.allocator.parked_pages)
+            self._decommit += self._give(self._owed_pages)
+        return preempt
+
+    def _pages_for_next(self, running: Sequence[Request]) -> int:
+        """Parked pages the running requests may need in this pass."""
+        parked_blocks = self.allocator.parked_pages * self.blocks_per_page
+        beside = max(0, self.allocator.num_clean - parked_blocks)
+        needed = self._demand.next_blocks(running) - beside if running else 0
+        return -(-max(0, needed) // self.blocks_per_page)
+
+    def _give(self, pages: int) -> BlockRanges:
+        """Decommit parked pages others asked for, as far as they can be spared."""
+        spare = max(0, self.allocator.parked_pages - self._keep_pages)
+        before = [self.allocator.committed_pages(g) for g in range(self._num_geometries)]
+        ranges = self._shrink(min(pages, spare))
+        gone = [n - self.allocator.committed_pages(g) for g, n in enumerate(before)]
+        self._owed_pages = max(0, self._owed_pages - gone[0])
+        for account in self.accounts:
+            account.member.count("reclaimed_bytes", account.cost(gone))
+        return ranges
+
+    def take_ops(self, scheduled_tokens: int = 1) -> StepOps:
         """Close a scheduling pass: what its workers commit and decommit.
 
         Call exactly once per step that is sent, after all its blocks were taken.
+
+        Args:
+            scheduled_tokens: tokens the step runs; 0 if nothing could be scheduled.
         """
-        now = time.monotonic()
         if self.queue is not None:
             self.queue.sweep()
+            self.queue.evict_down_to(self._cache_bound())
         grew = bool(self._commit)
-        decommit = self._shrink(self._pages_to_give(now))
-        ahead = self._commit_ahead() if grew and not decommit and not self._shortage else []
-        self._settling = bool(decommit) or any(self._on_its_way(a) for a in self.accounts)
+        # What preempted requests left, then what nobody has used for long.
+        self._decommit += self._give(self._owed_pages)
+        unused = max(self.allocator.parked_pages - self._parked_pages, 0)
+        self._decommit += self._shrink(self._decay.observe(unused, time.monotonic()))
+        decommit, self._decommit = self._decommit, []
+        short = self._demand.end()
+        ahead = self._commit_ahead() if grew and not decommit and not short else []
         commit, self._commit = self._commit, []
-        self._post_demand(self._shortage)
-        self._shortage = 0
-        self._publish()
+        self._publish(bool(decommit))
+        if short and not scheduled_tokens and not decommit:
+            self._bell.wait(_STARVED_PAUSE_MS)
         return StepOps(commit, ahead, decommit)
 
     def _commit_ahead(self) -> BlockRanges:
@@ -157,41 +244,60 @@ class ElasticScheduler:
             return []
         return self._grow(missing)
 
-    def _pages_to_give(self, now: float) -> int:
-        parked = self.allocator.parked_pages
-        aged = self._decay.observe(max(parked - self._parked_pages, 0), now)
-        asked = self._pages_asked()
-        if asked > parked and self.queue is not None:
-            self.queue.evict_until(asked)
-        if asked:
-            self._counters["reclaim_steps"] += 1
-        return max(asked, aged)
-
-    def _pages_asked(self) -> int:
-        """Pages other members wait for and the ledger does not have."""
-        pages = 0
+    def _pages_asked(self) -> tuple[int, int]:
+        """Pages the ledgers ask for: unused ones, and those that running requests hold."""
+        soft = hard = 0
         for account in self.accounts:
-            demand = account.ledger.total_demand(account.member.slot)
-            if not demand:
-                continue
-            missing = demand - account.ledger.available() - self._on_its_way(account)
-            if missing > 0:
-                pages = max(pages, -(-missing // max(account.page_cost[0], 1)))
-        return pages
+            asked, asked_running = account.member.ask()
+            cost = max(account.page_cost[0], 1)
+            soft, hard = max(soft, -(-asked // cost)), max(hard, -(-asked_running // cost))
+        return soft, hard
 
-    def _on_its_way(self, account: Account) -> int:
-        """Bytes decommitted here that the workers have not released yet."""
-        committed = [self.allocator.committed_pages(g) for g in range(self._num_geometries)]
-        return max(0, account.member.info().leased - account.cost(committed))
+    def _new_trims(self) -> list[tuple[int, int, int, bool]]:
+        """Operators' wishes not yet carried out: account, version, bytes (-1: all), cache too."""
+        trims = []
+        for index, account in enumerate(self.accounts):
+            trim = account.member.policy().trim
+            if trim is not None and trim[0] != self._trimmed.get(index):
+                trims.append((index, *trim))
+        return trims
+
+    def _pages_to_trim(self) -> tuple[int, bool]:
+        """Pages operators want back, and whether cached blocks may go for them; once each."""
+        pages, with_cache = 0, False
+        costs = [max(account.page_cost[0], 1) for account in self.accounts]
+        for index, version, num_bytes, cached in self._new_trims():
+            self._trimmed[index] = version
+            wanted = -(-num_bytes // costs[index]) if num_bytes >= 0 else self._total_pages[0]
+            pages, with_cache = max(pages, wanted), with_cache or cached
+        return pages, with_cache
+
+    def _cache_bound(self) -> int:
+        """Blocks that may stay cached."""
+        bound = self.allocator.num_blocks
+        for account in self.accounts:
+            limit = account.member.policy().cache_limit
+            if limit is not None:
+                bound = min(bound, limit // max(account.block_cost, 1))
+        return bound
 
     def _shrink(self, pages: int) -> BlockRanges:
         if pages <= 0:
             return []
         shrunk = self.allocator.shrink(pages * self._page_bytes)
-        self._counters["decommitted_pages"] -= sum(shrunk.page_delta)
+        self.counters["decommitted_pages"] -= sum(shrunk.page_delta)
         return shrunk.ranges
 
     # -- around the step ------------------------------------------------------
+
+    def attend(self) -> bool:
+        """What has to be looked after between steps; whether a step is wanted.
+
+        Safe to call from another thread, as :meth:`wants_step` is.
+        """
+        self.refresh_usage()
+        self._acknowledge()
+        return self.wants_step()
 
     def wants_step(self) -> bool:
         """Whether a step with no tokens should be run to give memory back.
@@ -200,13 +306,35 @@ class ElasticScheduler:
         """
         if self._commit:
             return True
-        if self._settling and not any(self._on_its_way(a) for a in self.accounts):
+        if self._settling and not any(self._returning(a) for a in self.accounts):
             return True  # so that the engine's metrics tell what the workers have released
         unused = self.allocator.parked_pages
         if unused > self._parked_pages and self._decay.is_due(time.monotonic()):
             return True
         cached = self.queue.num_cached if self.queue is not None else 0
-        return bool(unused or cached) and self._pages_asked() > 0
+        if cached > self._cache_bound() or self._new_trims():
+            return True
+        return bool(unused or cached) and self._pages_asked()[0] > 0
+
+    def _acknowledge(self) -> None:
+        """Tell controllers that a policy or a trim they asked for has taken effect."""
+        for index, account in enumerate(self.accounts):
+            member = account.member
+            policy = member.policy()
+            if policy.version == policy.observed and policy.trim is None:
+                continue
+            cached = self.queue.num_cached if self.queue is not None else 0
+            fits = policy.limit is None or member.info().leased <= policy.limit
+            if fits and cached <= self._cache_bound():
+                member.observe(policy.version)
+            done = policy.trim is not None and policy.trim[0] == self._trimmed.get(index)
+            if done and policy.trim is not None and not self._settling:
+                member.trim_done(policy.trim[0])
+
+    def _returning(self, account: Account) -> int:
+        """Bytes decommitted here that the workers have not released yet."""
+        committed = [self.allocator.committed_pages(g) for g in range(self._num_geometries)]
+        return max(0, account.member.info().leased - account.cost(committed))
 
     def refresh_usage(self, force: bool = False) -> None:
         """Publish the driver's totals to the ledgers, at most every 100 ms."""
@@ -218,31 +346,61 @@ class ElasticScheduler:
             if usage is not None:
                 account.ledger.set_device_used(usage.used_bytes())
 
-    def _publish(self) -> None:
-        parked = self.allocator.parked_pages
+    def _publish(self, gave: bool) -> None:
+        spare = max(0, self.allocator.parked_pages - self._keep_pages)
         cached = self.queue.num_cached if self.queue is not None else 0
+        self._settling = gave
         for account in self.accounts:
-            account.member.set_parked(parked * account.page_cost[0])
+            returning = self._returning(account)
+            self._settling = self._settling or returning > 0
+            account.member.set_returning(returning)
+            account.member.set_parked(spare * account.page_cost[0])
             account.member.set_cached(cached * account.block_cost)
+        self.accounts.count(self.counters)
+        if self._asked_since is not None and not self._settling:
+            self.accounts.time("reclaim", time.monotonic() - self._asked_since)
+            self._asked_since = None
 
-    def stats(self) -> dict[str, float]:
-        """Bytes over all ledgers and counts since start, for the engine's metrics."""
+    def stats(self) -> dict[str, float | list[float]]:
+        """For the engine's metrics: bytes over all ledgers, counts since start, and the times
+        since the last call that :data:`~kvcached_core.metrics.HISTOGRAMS` names.
+        """
         totals = dict.fromkeys(
-            ("capacity", "available", "leased", "committed", "parked", "cached"), 0.0
+            (
+                "capacity",
+                "available",
+                "leased",
+                "committed",
+                "parked",
+                "cached",
+                "guarantee",
+                "limit",
+                "demand",
+                "asked",
+            ),
+            0.0,
         )
-        for account in self.accounts:
+        times: dict[str, float | list[float]] = {name: [] for name in HISTOGRAMS}
+        for index, account in enumerate(self.accounts):
             info = account.member.info()
             totals["capacity"] += account.ledger.capacity
-            totals["available"] += account.ledger.available()
-            for name in ("leased", "committed", "parked", "cached"):
+            totals["available"] += account.member.claimable()
+            totals["limit"] += account.ledger.capacity if info.limit is None else info.limit
+            for name in ("leased", "committed", "parked", "cached", "guarantee", "demand"):
                 totals[name] += getattr(info, name)
-        stats = {f"{name}_bytes": value for name, value in totals.items()}
-        stats.update({name: float(value) for name, value in self._counters.items()})
-        return stats
+            totals["asked"] += info.asked + info.asked_running
+            for kind, histogram in info.histograms.items() if index == 0 else ():
+                times[f"{kind}_seconds"] = self._feed.new_values(kind, histogram.counts)
+        stats: dict[str, float | list[float]] = {
+            f"{name}_bytes": value for name, value in totals.items()
+        }
+        stats.update({name: float(value) for name, value in self.counters.items()})
+        stats["waiting_requests"] = float(self._demand.waiting)
+        return stats | times
 
     def watch(self, wake: Callable[[], object]) -> None:
         """Have ``wake`` called, from another thread, whenever :meth:`wants_step` is true."""
-        self._watcher = Watcher(self, wake)
+        self._watcher = Watcher(self, wake, self.accounts.bell().wait)
 
     def close(self) -> None:
         """Leave the ledgers; the bytes return once every worker has left as well."""

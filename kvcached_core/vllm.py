@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ._core import Backend, Ledger
+from ._core import Backend, Ledger, LedgerRefused, Member
 from .accounts import Account
 from .config import Config, ConfigError
 from .devices import (
@@ -222,14 +222,16 @@ def attach(
         if headroom is None:
             headroom = defaults(device.kind).headroom
         ledger = Ledger(str(directory / f"{device.key}.ledger"), device.total_bytes, headroom)
+        usage = usages[device.key] = open_usage(device)
+        if usage is not None:
+            ledger.set_device_used(usage.used_bytes())
         static = sum(d.static_bytes for d in devices if d.key == device.key)
         accounts[device.key] = Account(
             ledger=ledger,
-            member=ledger.join(config.name, static),
+            member=_join(ledger, config, static),
             page_cost=tuple(ranks.count(s) * s.page_bytes * s.segments for s in distinct),
             block_cost=sum(s.block_bytes * s.segments for s in ranks),
         )
-        usages[device.key] = open_usage(device)
     for kv_cache_config, shape, device in zip(kv_cache_configs, shapes, devices, strict=True):
         account = accounts[device.key]
         if shape is not None:
@@ -271,6 +273,9 @@ def attach(
             ahead_bytes=ahead,
             decay_s=config.parked_decay_ms / 1000,
             usages=list(usages.values()),
+            block_tokens=vllm_config.cache_config.block_size
+            / max(1, len(kv_cache_configs[0].kv_cache_groups)),
+            start_wait_s=config.start_wait_ms / 1000,
         )
     except MemoryError as error:
         state = "; ".join(
@@ -282,6 +287,21 @@ def attach(
             f"kvcached cannot start: {error} ({state}). Free memory on the device, or lower "
             "KVCACHED_HEADROOM"
         ) from None
+
+
+def _join(ledger: Ledger, config: Config, static_bytes: int) -> Member:
+    try:
+        return ledger.join(
+            config.name,
+            static_bytes,
+            guarantee=config.guarantee.resolve(ledger.capacity) or 0,
+            limit=config.limit.resolve(ledger.capacity),
+            weight=config.weight,
+            priority=config.priority,
+            cache_limit=config.prefix_cache.resolve(ledger.capacity),
+        )
+    except (LedgerRefused, ValueError) as error:
+        raise ConfigError(f"kvcached cannot start: {error}") from None
 
 
 def _shape(kv_cache_config: Any, device: RankDevice, config: Config) -> ArenaShape | None:

@@ -11,35 +11,41 @@ from typing import Protocol
 class Watched(Protocol):
     """What the watcher needs of the scheduler half."""
 
-    def refresh_usage(self) -> None: ...
-    def wants_step(self) -> bool: ...
+    def attend(self) -> bool: ...
 
 
 class Watcher:
     """A thread that looks at the ledger while the engine may be blocked on its queue.
 
     Args:
-        scheduler: asked whether a step is wanted; never changed from here.
+        scheduler: asked whether a step is wanted.
         wake: makes the engine run a step; called from the watcher's thread.
-        period_s: how often to look.
+        wait: returns when a ledger has news for this engine, or after so many milliseconds.
+        period_ms: how often to look if there is no news.
     """
 
     def __init__(
-        self, scheduler: Watched, wake: Callable[[], object], period_s: float = 0.02
+        self,
+        scheduler: Watched,
+        wake: Callable[[], object],
+        wait: Callable[[int], object],
+        period_ms: int = 20,
     ) -> None:
         self._scheduler = scheduler
         self._wake = wake
-        self._period_s = period_s
-        self._stop = threading.Event()
+        self._wait = wait
+        self._period_ms = period_ms
+        self._stopped = False
         self._thread = threading.Thread(target=self._run, name="kvcached-watcher", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._stop.wait(self._period_s):
-            self._scheduler.refresh_usage()
-            if self._scheduler.wants_step():
+        while not self._stopped:
+            if self._scheduler.attend():
                 self._wake()
+                # The step is on its way; looking again before it ran would ask for another.
+            self._wait(self._period_ms)
 
     def stop(self) -> None:
-        self._stop.set()
+        self._stopped = True
         self._thread.join()

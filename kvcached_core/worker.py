@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from ._core import Arena, Backend, Geometry, Ledger, Mapper, PagePool
@@ -66,12 +67,15 @@ class WorkerArena:
             VmmError: leased memory could not be had within ``retry_ms``; nothing of
                 the failed list is committed.
         """
+        begin = time.perf_counter()
         if self._warm:
             self._end_warm_up()
         if ops.commit:
             self._mapper.commit_now(ops.commit)
         else:
             self._mapper.wait_commits()
+        # What the step waited for its memory; mapping in the background does not count.
+        self._member.time("step", time.perf_counter() - begin)
         if ops.commit_ahead:
             self._mapper.commit_ahead(ops.commit_ahead)
         if ops.decommit:
@@ -89,7 +93,7 @@ class WorkerArena:
         page_bytes = self.binding.shape.page_bytes * self.binding.shape.segments
         pages_of = self._geometry.pages_of
         most = sum(pages_of(end - 1)[1] - pages_of(start)[0] for start, end in wanted)
-        if not self._member.lease(most * page_bytes):
+        if not self._lease_in_time(most * page_bytes):
             raise MemoryError(
                 f"the engine's warm-up needs {most * page_bytes} bytes of KV memory and the "
                 f"ledger {self._ledger.path} has {self._ledger.available()}: free memory on the "
@@ -99,6 +103,18 @@ class WorkerArena:
         self._mapper.commit_now(wanted)
         self._member.release(most * page_bytes - (self.committed_bytes - before))
         self._warm += wanted
+
+    def _lease_in_time(self, num_bytes: int) -> bool:
+        """Lease all of it within ``retry_ms``, while the neighbours give memory back."""
+        deadline = time.monotonic() + self.binding.retry_ms / 1000
+        heard = self._member.bell
+        granted = self._member.lease(num_bytes)
+        while not granted and time.monotonic() < deadline:
+            self._member.set_demand(num_bytes, 1)
+            heard = self._member.wait_bell(heard, 20)
+            granted = self._member.lease(num_bytes)
+        self._member.set_demand(0, 0)
+        return granted
 
     def _end_warm_up(self) -> None:
         self._mapper.decommit_later(self._warm)

@@ -5,124 +5,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from kvcached_core import ArenaShape, ElasticScheduler, Ledger
 from kvcached_core.accounts import Account
-from kvcached_core.free_queue import ElasticFreeQueue
-
-PAGE = 1 << 16
-
-
-@dataclass(eq=False)
-class Block:
-    """An engine's block object, as far as the queue looks at it."""
-
-    block_id: int
-    ref_cnt: int = 0
-    block_hash: object | None = None
-    is_null: bool = False
-    prev_free_block: Any = None
-    next_free_block: Any = None
-
-
-@dataclass
-class LinkedList:
-    """The engine's own free list, rebuilt over a Python list: order is what matters."""
-
-    blocks: list[Block] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.fake_free_list_head = Block(-1)
-        self.fake_free_list_tail = Block(-1)
-        self._relink()
-
-    def _relink(self) -> None:
-        self.fake_free_list_head.next_free_block = (
-            self.blocks[0] if self.blocks else self.fake_free_list_tail
-        )
-
-    @property
-    def num_free_blocks(self) -> int:
-        return len(self.blocks)
-
-    def popleft(self) -> Block:
-        return self.popleft_n(1)[0]
-
-    def popleft_n(self, n: int) -> list[Block]:
-        taken, self.blocks = self.blocks[:n], self.blocks[n:]
-        assert len(taken) == n
-        self._relink()
-        return taken
-
-    def remove(self, block: Block) -> None:
-        self.blocks.remove(block)
-        self._relink()
-
-    def append(self, block: Block) -> None:
-        self.append_n([block])
-
-    def append_n(self, blocks: list[Block]) -> None:
-        self.blocks += blocks
-        self._relink()
-
-    def get_all_free_blocks(self) -> list[Block]:
-        return list(self.blocks)
-
-
-class Engine:
-    """An engine core reduced to its block pool's calls."""
-
-    def __init__(self, ledger: Ledger | None, num_blocks: int, block_bytes: int, **policy: Any):
-        shape = ArenaShape(num_blocks, block_bytes, PAGE)
-        self.accounts = []
-        if ledger is not None:
-            member = ledger.join("engine")
-            self.accounts = [Account(ledger, member, (PAGE,), block_bytes)]
-        self.scheduler = ElasticScheduler(num_blocks, [shape], self.accounts, **policy)
-        self.blocks = [Block(i) for i in range(num_blocks)]
-        self.evicted: list[int] = []
-        self.queue: ElasticFreeQueue = self.scheduler.free_queue(
-            self.blocks, LinkedList(), self._evict
-        )
-        null = self.queue.popleft()
-        assert null.block_id == 0
-        null.is_null = True
-
-    def _evict(self, block: Block) -> None:
-        block.block_hash = None
-        self.evicted.append(block.block_id)
-
-    def take(self, n: int) -> list[Block] | None:
-        if not self.queue.ensure(n):
-            return None
-        taken = self.queue.popleft_n(n)
-        for block in taken:
-            if block.block_hash is not None:
-                self._evict(block)
-            block.ref_cnt = 1
-        return taken
-
-    def free(self, blocks: list[Block], cached: bool = False) -> None:
-        for block in blocks:
-            block.ref_cnt = 0
-            block.block_hash = object() if cached else None
-        (self.queue.append_n if cached else self.queue.prepend_n)(blocks)
-
-    def apply(self) -> tuple[int, int]:
-        """What the workers do: release what a step decommits. Returns (commit, decommit)."""
-        ops = self.scheduler.take_ops()
-        for account in self.accounts:
-            pages = self.scheduler.allocator.committed_pages(0)
-            surplus = account.member.info().leased - pages * PAGE
-            assert surplus >= 0
-            account.member.release(surplus)
-        count = [sum(b - a for a, b in r) for r in (ops.commit, ops.decommit)]
-        return count[0], count[1]
+from tests.support.block_pool import PAGE, Block, Engine
 
 
 @pytest.fixture

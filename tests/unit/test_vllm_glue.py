@@ -17,9 +17,10 @@ PAGE = 1 << 16
 
 def vllm_config(directory: Path, **changes: Any) -> NS:
     settings = {"ledger_dir": str(directory), "page_size": PAGE, "capacity": 64 * PAGE}
+    settings["start_wait_ms"] = 0
     settings.update(changes.pop("kvcached", {}))
     config = NS(
-        cache_config=NS(kvcached_config=settings, cache_dtype="auto"),
+        cache_config=NS(kvcached_config=settings, cache_dtype="auto", block_size=16),
         parallel_config=NS(nnodes=1, distributed_executor_backend="mp"),
         device_config=NS(device_type="cpu"),
         kv_transfer_config=None,
@@ -37,6 +38,7 @@ def kv_cache_config(num_blocks: int = 100, stride: int = PAGE, layers: int = 1) 
     return NS(
         num_blocks=num_blocks,
         kv_cache_tensors=[NS(size=size, block_stride=stride if packed else 0)] * layers,
+        kv_cache_groups=[NS()],
         has_mamba_layers=False,
         elastic=None,
     )
@@ -120,6 +122,35 @@ def test_a_full_device_is_refused_with_its_holders(tmp_path: Path) -> None:
     assert neighbour.lease(64 * PAGE)
     with pytest.raises(ConfigError, match=r"cannot start.*neighbour 4\.0 MiB"):
         attach(vllm_config(tmp_path), [kv_cache_config()], [host_device()])
+
+
+def test_a_policy_reaches_the_ledger(tmp_path: Path) -> None:
+    policy = {"guarantee": "25%", "limit": 32 * PAGE, "weight": 300, "priority": 2}
+    policy["prefix_cache"] = "12.5%"
+    scheduler = attach(vllm_config(tmp_path, kvcached=policy), [kv_cache_config()], [host_device()])
+    assert scheduler is not None
+    (info,) = Ledger(str(tmp_path / "host-0.ledger")).members()
+    assert (info.guarantee, info.limit, info.cache_limit) == (16 * PAGE, 32 * PAGE, 8 * PAGE)
+    assert (info.weight, info.priority) == (300, 2)
+    scheduler.close()
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ({"guarantee": "50%"}, "cannot start.*neighbour"),
+        ({"guarantee": 4 * PAGE, "limit": 2 * PAGE}, "cannot start.*limit"),
+    ],
+)
+def test_a_policy_that_does_not_fit_is_refused(
+    tmp_path: Path, policy: dict[str, Any], words: str
+) -> None:
+    ledger = Ledger(str(tmp_path / "host-0.ledger"), 64 * PAGE)
+    neighbour = ledger.join("neighbour", guarantee=40 * PAGE)
+    with pytest.raises(ConfigError, match=f"(?s){words}"):
+        attach(vllm_config(tmp_path, kvcached=policy), [kv_cache_config()], [host_device()])
+    assert [m.name for m in ledger.members()] == ["neighbour"]
+    neighbour.leave()
 
 
 def test_an_unwritable_ledger_directory_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine gives back, in which order, and what it waits for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kvcached_core import Ledger
+from tests.support.block_pool import PAGE, Engine
+
+
+@dataclass
+class Request:
+    """An engine's request, as far as demand is sized by it."""
+
+    num_tokens: int
+    num_computed_tokens: int = 0
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    yield Ledger(str(tmp_path / "host-0.ledger"), 64 * PAGE)
+
+
+def another(ledger: Ledger) -> Ledger:
+    return Ledger(ledger.path, ledger.capacity, ledger.headroom)
+
+
+def test_whole_pages_empty_first(ledger: Ledger) -> None:
+    engine = Engine(ledger, 400, PAGE // 4, parked_bytes=100 * PAGE)
+    first = engine.take(3)  # shares its page with the null block
+    pages = [engine.take(4) for _ in range(5)]
+    assert first is not None and all(pages)
+    live = pages[2][:1]
+    oldest_first = [pages[2][1:], pages[0], pages[4], pages[1], pages[3]]
+    for blocks in oldest_first:
+        engine.free(blocks, cached=True)
+    engine.queue.empty_pages(2)
+    # The oldest blocks share their page with a live one: dropping them would free nothing.
+    assert engine.evicted == [b.block_id for b in [*pages[0], *pages[4]]]
+    assert engine.scheduler.allocator.parked_pages == 2
+    engine.queue.empty_pages(10)
+    assert engine.scheduler.allocator.parked_pages == 4
+    assert engine.queue.num_cached == 3
+    engine.free(live)
+
+
+def test_the_cache_keeps_to_its_bound(ledger: Ledger) -> None:
+    engine = Engine(ledger, 400, PAGE, join={"cache_limit": 10 * PAGE}, parked_bytes=100 * PAGE)
+    held = engine.take(30)
+    assert held is not None
+    engine.free(held, cached=True)
+    engine.apply()
+    assert engine.queue.num_cached == 10
+    assert engine.evicted == [b.block_id for b in held[:20]]
+    assert engine.scheduler.counters["cache_evictions"] == 20
+
+
+def test_a_bound_that_is_lowered_wakes_an_idle_engine_and_is_acknowledged(ledger: Ledger) -> None:
+    engine = Engine(ledger, 400, PAGE, decay_s=1000)
+    held = engine.take(30)
+    assert held is not None
+    engine.free(held, cached=True)
+    engine.apply()
+    member = engine.accounts[0].member
+    assert not engine.scheduler.wants_step()
+    operator = another(ledger)
+    version = operator.set_policy(member.slot, member.generation, cache_limit=4 * PAGE)
+    assert engine.scheduler.attend()
+    assert operator.members()[0].observed_version < version
+    engine.apply()
+    engine.scheduler.attend()
+    assert engine.queue.num_cached == 4
+    assert operator.members()[0].observed_version == version
+
+
+def test_a_limit_that_is_lowered_shrinks_an_idle_engine(ledger: Ledger) -> None:
+    engine = Engine(ledger, 400, PAGE, parked_bytes=100 * PAGE, decay_s=1000)
+    held = engine.take(40)
+    assert held is not None
+    engine.free(held, cached=True)
+    engine.apply()
+    member = engine.accounts[0].member
+    operator = another(ledger)
+    version = operator.set_policy(member.slot, member.generation, limit=10 * PAGE)
+    assert engine.scheduler.attend()
+    engine.apply()
+    assert ledger.total_leased() == 10 * PAGE
+    engine.apply()
+    engine.scheduler.attend()
+    assert operator.members()[0].observed_version == version
+    assert not engine.scheduler.wants_step()
+    assert engine.take(20) is None
+    assert engine.take(9) is not None
+
+
+def test_a_limit_below_what_runs_preempts_from_the_end(ledger: Ledger) -> None:
+    engine = Engine(ledger, 400, PAGE, block_tokens=16)
+    running = [engine.take(8) for _ in range(5)]
+    assert all(running)
+    requests = [Request(128, 128) for _ in running]
+    engine.apply(requests)
+    assert engine.preempt == 0
+    member = engine.accounts[0].member
+    another(ledger).set_policy(member.slot, member.generation, limit=21 * PAGE)
+    assert engine.scheduler.begin_pass(requests) == 3  # 41 pages held, 20 too many
+    for blocks in running[2:]:
+        assert blocks is not None
+        engine.free(blocks)
+    engine.finish()
+    assert ledger.total_leased() <= 21 * PAGE
+    assert engine.scheduler.counters["preemptions"] == 3
+
+
+@pytest.mark.parametrize(("with_cache", "left"), [(False, 21), (True, 1)])
+def test_an_operator_gets_back_what_is_unused(ledger: Ledger, with_cache: bool, left: int) -> None:
+    engine = Engine(ledger, 400, PAGE, parked_bytes=100 * PAGE, decay_s=1000)
+    parked, cached = engine.take(10), engine.take(20)
+    assert parked is not None and cached is not None
+    engine.free(parked)
+    engine.free(cached, cached=True)
+    engine.apply()
+    member = engine.accounts[0].member
+    operator = another(ledger)
+    operator.trim(member.slot, member.generation, cached=with_cache)
+    assert operator.members()[0].trim_pending
+    assert engine.scheduler.attend()
+    engine.apply()
+    assert ledger.total_leased() == left * PAGE
+    engine.apply()
+    engine.scheduler.attend()
+    assert not operator.members()[0].trim_pending
+    assert not engine.scheduler.wants_step()
+
+
+def test_a_trim_of_some_bytes_stops_there(ledger: Ledger) -> None:
+    engine = Engine(ledger, 400, PAGE, parked_bytes=100 * PAGE, decay_s=1000)
+    held = engine.take(30)
+    assert held is not None
+    engine.free(held)
+    engine.apply()
+    member = engine.accounts[0].member
+    another(ledger).trim(member.slot, member.generation, 5 * PAGE)
+    engine.apply()
+    engine.apply()
+    assert ledger.total_leased() == 26 * PAGE
+
+
+def test_demand_covers_all_that_wait(ledger: Ledger) -> None:
+    engine = Engine(ledger, 400, PAGE, block_tokens=16)
+    neighbour = another(ledger).join("neighbour")
+    assert neighbour.lease(60 * PAGE)
+    waiting = [Request(160), Request(320), Request(80)]
+    engine.scheduler.begin_pass((), waiting)
+    assert engine.take(10) is None
+    engine.finish()
+    # 10 blocks asked and 3 there, so 7 are missing for the first; 20 and 5 for those behind.
+    assert engine.accounts[0].member.info().demand == (7 + 20 + 5) * PAGE
+    assert engine.accounts[0].member.info().waiting == 3
+    assert neighbour.ask() == (0, 0)  # it holds nothing it could spare
+    neighbour.release(60 * PAGE)
+    engine.scheduler.begin_pass((), waiting)
+    assert engine.take(10) is not None
+    engine.finish()
+    assert engine.accounts[0].member.info().demand == 0
+    assert engine.accounts[0].member.info().histograms["wait"].count == 1
+
+
+def test_what_runs_keeps_its_next_blocks(ledger: Ledger) -> None:
+    busy = Engine(ledger, 400, PAGE, parked_bytes=100 * PAGE, decay_s=1000, block_tokens=16)
+    running, unused = busy.take(20), busy.take(20)
+    assert running is not None and unused is not None
+    busy.free(unused)
+    requests = [Request(161, 160), Request(160, 160)]
+    busy.apply(requests)
+    other = Engine(another(ledger), 400, PAGE, name="other")
+    assert other.take(60) is None
+    busy.scheduler.begin_pass(requests)
+    # 22 free, 20 parked here; two requests may need three blocks.
+    assert busy.scheduler.allocator.parked_pages == 3
+    assert busy.take(3) is not None
+    busy.finish()
+
+
+def test_nothing_given_back_is_taken_again_in_the_same_pass(ledger: Ledger) -> None:
+    engine = Engine(ledger, 400, PAGE, parked_bytes=100 * PAGE, decay_s=1000)
+    held = engine.take(40)
+    assert held is not None
+    engine.free(held)
+    engine.apply()
+    other = Engine(another(ledger), 400, PAGE, name="other")
+    assert other.take(50) is None
+    engine.scheduler.begin_pass()
+    assert engine.scheduler.growable_blocks() == 0
+    assert engine.scheduler.grow(5) == 0
+    ops = engine.scheduler.take_ops()
+    assert ops.commit == [] and sum(b - a for a, b in ops.decommit) >= 27
+
+
+def test_a_starving_engine_is_woken_by_a_release(ledger: Ledger) -> None:
+    engine = Engine(ledger, 400, PAGE)
+    neighbour = another(ledger).join("neighbour")
+    assert neighbour.lease(63 * PAGE)
+    engine.scheduler.begin_pass()
+    assert engine.take(10) is None
+    bell = engine.scheduler.accounts.bell()
+    engine.finish()
+    neighbour.release(63 * PAGE)
+    begin = time.monotonic()
+    bell.wait(10_000)
+    assert time.monotonic() - begin < 5
+
+
+def test_a_starting_engine_waits_for_its_first_page(ledger: Ledger) -> None:
+    idle = Engine(ledger, 400, PAGE, parked_bytes=100 * PAGE, decay_s=1000)
+    held = idle.take(63)
+    assert held is not None
+    idle.free(held, cached=True)
+    idle.apply()
+
+    def wake() -> None:
+        idle.apply()
+
+    idle.scheduler.watch(wake)
+    try:
+        Engine(another(ledger), 400, PAGE, name="late", start_wait_s=20)
+    finally:
+        idle.scheduler.close()
