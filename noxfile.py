@@ -29,6 +29,8 @@ PIN = "vllm-0.24.0"
 BUILD = ["cmake>=3.22", "ninja", "nanobind>=2.4", "scikit-build-core>=0.11"]
 # Exact, since each release of these finds other things.
 LINT = ["ruff==0.17.5", "mypy==2.4.1", "clang-format==23.1.5"]
+# What the core's modules import, for mypy.
+CORE = ["pydantic>=2", "nvidia-ml-py", "typer", "rich", "prometheus-client"]
 TEST = ["pytest>=8", "pytest-timeout", "hypothesis", "numpy", "tomli; python_version < '3.11'"]
 SANITIZERS = ("address,undefined", "thread")
 JOBS = str(min(os.cpu_count() or 1, 8))
@@ -134,7 +136,7 @@ def gpu(session: nox.Session) -> None:
 
 
 def _lint(session: nox.Session) -> None:
-    session.install(*LINT, "pydantic>=2", "nvidia-ml-py", "pytest>=8")
+    session.install(*LINT, *CORE, "pytest>=8")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy", "--strict", "-p", "kvcached_core", "-p", "engine_forks")
