@@ -160,7 +160,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     report["kvcached"] = {
         metric.name.removeprefix("vllm:kvcached_"): metric.value
         for metric in llm.get_metrics()
-        if metric.name.startswith("vllm:kvcached_")
+        if metric.name.startswith("vllm:kvcached_") and hasattr(metric, "value")
     }
     llm.llm_engine.engine_core.shutdown()
     time.sleep(1)
