@@ -126,8 +126,12 @@ class ElasticFreeQueue:
         return True
 
     def note_shortage(self, num_blocks: int) -> None:
-        """The engine wants that many blocks more than there are: tell the others."""
-        self._scheduler.note_shortage(num_blocks)
+        """The engine wants that many blocks more than are free: tell the others.
+
+        What the ledgers could back already counts as free, but is not this
+        engine's yet: it is part of what it waits for.
+        """
+        self._scheduler.note_shortage(num_blocks + self._scheduler.growable_blocks())
 
     # -- the engine's queue interface -----------------------------------------
 

@@ -3,9 +3,9 @@
 
     ENGINE_PATCHED=... PYTHONPATH=... python benchmarks/gpu/many_engines.py --out build/many.json
 
-1. handover: alice fills the memory with prefix cache; then a burst comes to bob. From bob's
-   first posted demand until alice has given 10 GiB back, and until bob holds them, against the
-   driver calls for these pages alone (driver_cost.py) in the same run.
+1. handover: alice fills the memory with prefix cache; then a prompt of 90,000 tokens comes to bob.
+   From his first posted demand until alice has given 10 GiB back, and until bob holds them,
+   against the driver calls for these pages alone (driver_cost.py) in the same run.
 2. limit: carol's limit is lowered with kvctl while she is idle and holds prefix cache.
 3. training: a process outside the ledger takes and frees memory in steps while bursts come to all.
 """
@@ -20,7 +20,9 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,8 @@ def handover(ledger: Ledger, path: Path, servers: dict[str, Server], args: Any) 
     before = {name: member(ledger, name).leased for name in NAMES}
     cached = member(ledger, "alice").cached
     with Sampler(path) as sampler:
-        answers = burst(bob, equal_prompts(args.burst, args.prompt, 9999), 8)
+        # One prompt takes all in one step: with several, bob would compute the first meanwhile.
+        failed = at_once(bob, equal_prompts(1, args.bob_prompt, 9999))
     want = int(args.gib * GIB)
     rows = sampler.rows
     start = next((t for t, row in rows if row["bob"].demand > 0), rows[0][0])
@@ -104,10 +107,22 @@ def handover(ledger: Ledger, path: Path, servers: dict[str, Server], args: Any) 
         "given_back_s": None if given is None else given - start,
         "held_by_bob_s": None if held is None else held - start,
         "bob_peak": max(r["bob"].committed for _, r in rows),
-        "failed": sum(a.status != 200 for a in answers),
+        "failed": failed,
         "samples": len(rows),
         "timeline": timeline(rows, start),
     }
+
+
+def at_once(server: Server, prompts: list[list[int]]) -> int:
+    """Sends all prompts in one request, so that none comes late; returns how many failed."""
+    body = {"model": str(server.model), "prompt": prompts, "max_tokens": 8, "temperature": 0}
+    request = urllib.request.Request(
+        server.url + "/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return len(prompts) - len(json.load(response)["choices"])
 
 
 def timeline(rows: list[tuple[float, dict[str, Any]]], start: float) -> list[list[float]]:
@@ -187,18 +202,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("build/many.json"))
     parser.add_argument("--gib", type=float, default=10)
     parser.add_argument("--prompt", type=int, default=2000, help="tokens of a prompt")
+    parser.add_argument("--bob-prompt", type=int, default=90000, help="tokens of the handover's")
     parser.add_argument("--fill", type=int, default=24, help="prompts of a filling burst")
-    parser.add_argument("--burst", type=int, default=60, help="prompts of the burst")
-    parser.add_argument("--free", type=int, default=GIB // 2, help="full enough below this")
+    parser.add_argument("--burst", type=int, default=60, help="prompts of a burst while training")
+    parser.add_argument("--free", type=int, default=64 << 20, help="full enough below this")
     parser.add_argument("--seconds", type=float, default=40, help="of training")
     parser.add_argument("--parts", nargs="+", default=["handover", "limit", "training"])
     parser.add_argument("--tiny", action="store_true", help="tiny models on the CPU, to try it")
     args = parser.parse_args()
-    spec = LLAMA if args.tiny else LLAMA_8B
+    spec = replace(LLAMA if args.tiny else LLAMA_8B, max_len=131072)
     report: dict[str, Any] = {"command": " ".join(sys.argv)}
-    options = ["--load-format=dummy", f"--max-model-len={spec.max_len}", "--max-num-seqs=256"]
+    options = ["--load-format=dummy", "--max-num-seqs=256"]
     options += ["--dtype=float32" if args.tiny else "--dtype=bfloat16", "--enforce-eager"]
-    options += ["--max-num-batched-tokens=8192"]
     if not args.tiny:
         cost = [sys.executable, str(Path(__file__).with_name("driver_cost.py"))]
         cost += ["--gib", str(args.gib)]
@@ -219,7 +234,9 @@ def main() -> int:
             }
             if args.tiny:
                 env |= {"KVCACHED_CAPACITY": "96MiB", "KVCACHED_PAGE_SIZE": "256KiB"}
-            server = Server(name, model, folder, options, env, fixed=args.tiny)
+            length = max(8192, args.bob_prompt + 64 if name == "bob" else 0)
+            size = [f"--max-model-len={length}", f"--max-num-batched-tokens={length}"]
+            server = Server(name, model, folder, options + size, env, fixed=args.tiny)
             stack.callback(server.stop)
             servers[name] = server
             begin = time.monotonic()

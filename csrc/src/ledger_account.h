@@ -21,7 +21,8 @@ struct Tally {
 
 // A demand counts for this long unless it is posted again: who stopped waiting may have died.
 inline constexpr int64_t kDemandNs = 5'000'000'000;
-inline constexpr int64_t kAnswerNs = 1'000'000'000;  // how long a member may leave an ask unanswered
+inline constexpr int64_t kAnswerNs =
+    1'000'000'000;  // how long a member may leave an ask unanswered
 inline constexpr int64_t kPassedNs = 3'000'000'000;  // and is left in peace afterwards
 
 // Fails with `lost` if the file holds what no sequence of operations could have written. Counts

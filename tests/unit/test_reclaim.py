@@ -171,6 +171,25 @@ def test_demand_covers_all_that_wait(ledger: Ledger) -> None:
     assert engine.accounts[0].member.info().histograms["wait"].count == 1
 
 
+@pytest.mark.parametrize("free", [0, 5, 15, 25, 35])
+def test_a_large_request_gets_what_it_lacks_and_what_is_free(ledger: Ledger, free: int) -> None:
+    idle = Engine(ledger, 400, PAGE, decay_s=1000)
+    held = idle.take(62 - free)
+    assert held is not None
+    idle.free(held, cached=True)
+    idle.apply()
+    engine = Engine(another(ledger), 400, PAGE, name="needy")
+    for _ in range(10):
+        engine.scheduler.begin_pass()
+        # As the engine asks before it admits a request: all of it, or nothing is taken.
+        if engine.queue.num_free_blocks >= 40:
+            break
+        engine.queue.note_shortage(40 - engine.queue.num_free_blocks)
+        engine.finish()
+        idle.apply()
+    assert engine.take(40) is not None
+
+
 def test_what_runs_keeps_its_next_blocks(ledger: Ledger) -> None:
     busy = Engine(ledger, 400, PAGE, parked_bytes=100 * PAGE, decay_s=1000, block_tokens=16)
     running, unused = busy.take(20), busy.take(20)

@@ -88,7 +88,7 @@ def test_prefix_hits_need_no_memory(ledger: Ledger) -> None:
 
 def test_a_shortage_is_posted_and_withdrawn(ledger: Ledger) -> None:
     engine = Engine(ledger, 1000, PAGE)
-    engine.queue.note_shortage(3)
+    engine.scheduler.note_shortage(3)
     assert ledger.total_demand() == 3 * PAGE
     assert engine.take(100) is None
     assert ledger.total_demand() > 3 * PAGE
