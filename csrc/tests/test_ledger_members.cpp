@@ -257,15 +257,15 @@ TEST_CASE("who does not answer in time is passed over, reported, and tried again
   REQUIRE(needy->set_demand(200).ok());
   const Raw raw(dir.ledger());
   CHECK(info(*slow).asked == 200);
-  Raw::age(raw.slot(*slow).ask_since_ns, 200'000'000);
+  Raw::age(raw.slot(*slow).ask_since_ns, 600'000'000);
   CHECK(ask(*slow).first == 200);
   // What it decommits is an answer, though its workers have not released it yet.
   REQUIRE(slow->set_returning(50).ok());
   CHECK(ask(*slow).first == 150);
-  Raw::age(raw.slot(*slow).ask_since_ns, 200'000'000);
+  Raw::age(raw.slot(*slow).ask_since_ns, 600'000'000);
   CHECK(ask(*slow).first == 150);
   CHECK(info(*slow).passed_over == 0);
-  Raw::age(raw.slot(*slow).ask_since_ns, 200'000'000);
+  Raw::age(raw.slot(*slow).ask_since_ns, 600'000'000);
   CHECK(ask(*needy).first == 0);
   CHECK(info(*slow).asked == 0);
   CHECK(info(*slow).passed_over == 1);
