@@ -112,6 +112,10 @@ class Accounts:
         for account in self._accounts:
             account.member.set_demand(account.cost(pages), waiting)
 
+    def others_wait(self) -> bool:
+        """Whether another member of any ledger waits for memory."""
+        return any(account.ledger.total_demand(account.member.slot) for account in self._accounts)
+
     def touch(self) -> None:
         """A step runs: this engine is not idle."""
         for account in self._accounts:

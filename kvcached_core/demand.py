@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
@@ -12,6 +13,8 @@ from .accounts import Accounts
 
 _LOOK_AT_MOST = 256
 """Waiting requests whose need is added up; the rest waits behind them anyway."""
+_HOLD_S = 1.0
+"""A pass may be full without a look at the queue: what waits is believed to wait this long."""
 _REFRESH_S = 0.5
 """A demand is posted anew this often, since one that nobody refreshes is taken for withdrawn."""
 
@@ -46,6 +49,7 @@ class Demand:
         self._short = 0
         self._posted = (0, 0)
         self._posted_at = 0.0
+        self._short_at = -math.inf
         self._since: float | None = None
 
     def blocks(self, tokens: int) -> int:
@@ -66,6 +70,9 @@ class Demand:
         """The pass is over; post what it could not have. True if there was a shortage."""
         short, self._short = self._short, 0
         now = time.monotonic()
+        if not short and now - self._short_at < _HOLD_S and any(True for _ in self._queue):
+            self._post(*self._posted)
+            return False
         if not short:
             self._post(0, 0)
             if self._since is not None:
@@ -73,6 +80,7 @@ class Demand:
                 self._since = None
             self.waiting = 0
             return False
+        self._short_at = now
         if self._since is None:
             self._since = now
         # The first is what was short; those behind it want theirs as well.
@@ -92,8 +100,10 @@ class Demand:
 
     def next_blocks(self, running: Sequence[Request]) -> int:
         """Blocks the running requests may take in this pass: theirs before anybody else's."""
+        # Exactly: one block for each would keep more than what a finished request leaves.
         return sum(
-            1 + self.blocks(max(0, request.num_tokens - request.num_computed_tokens))
+            self.blocks(max(request.num_tokens, request.num_computed_tokens) + 1)
+            - self.blocks(request.num_computed_tokens)
             for request in running
         )
 

@@ -172,8 +172,18 @@ class ElasticScheduler:
         self._passes += 1
         self._demand.begin(waiting)
         self.accounts.touch()
-        asked, asked_running = self._pages_asked()
         trimmed, with_cache = self._pages_to_trim()
+        contended = self.accounts.others_wait()
+        # Memory for what runs now is not spare.
+        self._keep_pages = self._pages_for_next(running) if contended or trimmed else 0
+        if contended:
+            # What finished requests left since the last pass must not be used again unseen.
+            self._publish_spare()
+        asked, asked_running = self._pages_asked()
+        if asked_running:
+            self._keep_pages = 0  # requests are to go anyway
+        elif asked and not contended:
+            self._keep_pages = self._pages_for_next(running)
         if asked and self._asked_since is None:
             self._asked_since = time.monotonic()
         preempt = 0
@@ -183,8 +193,6 @@ class ElasticScheduler:
             self._preempted_in = self._passes
             self.counters["preemptions"] += preempt
             self.accounts.note_preemption(asked_running * self._page_bytes)
-        # Memory for what runs now is not spare, unless requests are to go anyway.
-        self._keep_pages = 0 if asked_running else self._pages_for_next(running)
         self._owed_pages = max(asked + asked_running, trimmed)
         if self._owed_pages:
             self.counters["reclaim_steps"] += 1
@@ -346,16 +354,20 @@ class ElasticScheduler:
             if usage is not None:
                 account.ledger.set_device_used(usage.used_bytes())
 
-    def _publish(self, gave: bool) -> None:
+    def _publish_spare(self) -> None:
         spare = max(0, self.allocator.parked_pages - self._keep_pages)
         cached = self.queue.num_cached if self.queue is not None else 0
+        for account in self.accounts:
+            account.member.set_parked(spare * account.page_cost[0])
+            account.member.set_cached(cached * account.block_cost)
+
+    def _publish(self, gave: bool) -> None:
+        self._publish_spare()
         self._settling = gave
         for account in self.accounts:
             returning = self._returning(account)
             self._settling = self._settling or returning > 0
             account.member.set_returning(returning)
-            account.member.set_parked(spare * account.page_cost[0])
-            account.member.set_cached(cached * account.block_cost)
         self.accounts.count(self.counters)
         if self._asked_since is not None and not self._settling:
             self.accounts.time("reclaim", time.monotonic() - self._asked_since)
