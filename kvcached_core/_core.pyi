@@ -432,6 +432,10 @@ class MemberInfo:
         """Bytes decommitted and not yet released by its workers."""
 
     @property
+    def pinned(self) -> int:
+        """Of ``leased``, what no answer to an ask can bring."""
+
+    @property
     def waiting(self) -> int:
         """Requests that wait for memory."""
 
@@ -485,6 +489,9 @@ class Member:
         """Say what this member waits for, and how many requests do; counts for 5 s."""
 
     def set_returning(self, bytes: int) -> None: ...
+    def set_pinned(self, bytes: int) -> None:
+        """Of what is leased, the bytes no answer to an ask can bring; they are not asked for."""
+
     def touch(self) -> None:
         """A step ran now."""
 
@@ -529,6 +536,13 @@ class Ledger:
         """Open or create a ledger; None keeps the number of an existing one.
 
         Numbers that differ from those of living members are refused.
+        """
+
+    @staticmethod
+    def remove(path: str | os.PathLike[str]) -> None:
+        """Delete a ledger that no member uses, whatever is in it; gone already is fine.
+
+        LedgerRefused if a member lives.
         """
 
     @property

@@ -72,11 +72,6 @@ class Accounts:
             granted.append((account, amount))
         return True
 
-    def release(self, pages: Sequence[int]) -> None:
-        """Give back a lease whose pages were never committed."""
-        for account in self._accounts:
-            account.member.release(account.cost(pages))
-
     def affordable_blocks(self, uncommitted: int, uncommitted_pages: Sequence[int]) -> int:
         """How many of ``uncommitted`` blocks the ledgers could back now.
 
@@ -97,6 +92,8 @@ class Accounts:
         granted = self.lease(pages)
         while not granted and time.monotonic() < deadline:
             self.set_demand(pages, 1)
+            for account in self._accounts:
+                account.member.ask()  # plans anew: who does not answer is passed over
             bell.wait(20)
             granted = self.lease(pages)
         if timeout_s:

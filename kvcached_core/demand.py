@@ -70,9 +70,15 @@ class Demand:
         """The pass is over; post what it could not have. True if there was a shortage."""
         short, self._short = self._short, 0
         now = time.monotonic()
-        if not short and now - self._short_at < _HOLD_S and any(True for _ in self._queue):
-            self._post(*self._posted)
-            return False
+        if not short and now - self._short_at < _HOLD_S:
+            queued = [
+                self.blocks(r.num_tokens) for r in itertools.islice(self._queue, _LOOK_AT_MOST)
+            ]
+            if queued:
+                # Not all of it may be waiting still: some was admitted, some was given up.
+                self.waiting = min(self.waiting, len(queued))
+                self._post(min(self._posted[0], sum(queued)), min(self._posted[1], len(queued)))
+                return False
         if not short:
             self._post(0, 0)
             if self._since is not None:

@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from ._core import Histogram, MemberInfo
 from .cli.frames import LedgerFrame
+from .metrics import TIMES
 
 Read = Callable[[], Iterable[LedgerFrame]]
 
@@ -72,23 +73,15 @@ MEMBER_GAUGES: dict[str, tuple[str, Callable[[MemberInfo], float | None]]] = {
 """Name (after ``kvcached_member_``) to help text and value; a value of None is left out."""
 
 COUNTERS = {
-    "cache_hits": "Lookups the prefix cache answered.",
+    "cache_hits": "Cached blocks that were used again.",
     "cache_evictions": "Prefix-cache blocks given up for memory.",
     "preemptions": "Running requests preempted to give memory back.",
     "reclaimed_bytes": "Bytes given back because others asked.",
     "shortages": "Allocations put off for want of memory.",
-    "commits": "Commits of blocks.",
-    "decommits": "Decommits of blocks.",
+    "commits": "Pages mapped, those that a failure undid among them.",
+    "decommits": "Pages given back.",
 }
 """Keys of ``MemberInfo.counters``."""
-
-TIMES = {
-    "map": "Time to map memory.",
-    "step": "Map time exposed in a step.",
-    "wait": "Time requests waited for memory.",
-    "reclaim": "Time from an ask until the bytes were back.",
-}
-"""Keys of ``MemberInfo.histograms``."""
 
 
 class LedgerCollector(Collector):

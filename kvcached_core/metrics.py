@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ._core import Histogram
+
 GAUGES = {
     "capacity_bytes": "Bytes of the ledgers this engine is a member of.",
     "available_bytes": "Bytes this engine could lease now, its policy and others' claims included.",
@@ -27,16 +29,19 @@ GAUGES = {
 }
 """Name (after ``vllm:kvcached_``) to help text; keys of ``ElasticScheduler.stats``."""
 
-HISTOGRAMS = {
-    "map_seconds": "Time of one commit of pages, in the foreground or in the background.",
-    "step_seconds": "Time one step waited for its memory.",
-    "wait_seconds": "Time from a shortage of memory until its requests could run.",
-    "reclaim_seconds": "Time from another engine's claim until the bytes were given back.",
+TIMES = {
+    "map": "Time of one commit of pages, in the foreground or in the background.",
+    "step": "Time one step waited for its memory.",
+    "wait": "Time from a shortage of memory until its requests could run.",
+    "reclaim": "Time from another engine's claim until the bytes were given back.",
 }
+"""Keys of ``MemberInfo.histograms`` to help text."""
+
+HISTOGRAMS = {f"{kind}_seconds": text for kind, text in TIMES.items()}
 """Name (after ``vllm:kvcached_``) to help text; also keys of ``ElasticScheduler.stats``."""
 
-BUCKETS = tuple(1e-5 * 2**i for i in range(19))
-"""Upper bounds in seconds; the ledger counts in the same ones."""
+BUCKETS = tuple(Histogram.bounds())
+"""Upper bounds in seconds, as the ledger counts."""
 
 
 class HistogramFeed:

@@ -19,20 +19,24 @@ from types import TracebackType
 import pynvml
 
 from ._core import Ledger, LedgerRefused
+from .accounts import Bell
 from .config import Config, ConfigError
 from .devices import defaults, prepare_ledger_dir
 from .units import format_size
 from .usage import DeviceUsage
+from .watcher import Watcher
 
 _LOOK_MS = 50
 """How often to look without a bell: foreign memory that is freed rings none."""
+_ATTEND_MS = 200
+"""How often to see to policies and the driver's totals while nothing rings."""
 
 
 class Reservation:
     """Bytes that the engines on a device leave alone, as one more member of its ledger.
 
-    What is held is in use, so a reservation cannot answer when others ask for memory: it says
-    that it has nothing to spare, and is passed over. Safe to use from several threads.
+    What is held is in use and says so in the ledger: others are not promised any of it, and it
+    is never asked for. Safe to use from several threads.
 
     Args:
         name: how it appears in the ledger.
@@ -79,6 +83,7 @@ class Reservation:
             )
         except (LedgerRefused, ValueError) as error:
             raise ConfigError(f"{name} cannot reserve memory: {error}") from None
+        self._watcher = Watcher(self._attend, lambda: None, Bell(self._member).wait, _ATTEND_MS)
 
     @property
     def bytes(self) -> int:
@@ -118,6 +123,7 @@ class Reservation:
 
     def close(self) -> None:
         """Give everything back and leave; again is fine."""
+        self._watcher.stop()
         self._member.leave()
 
     def __enter__(self) -> Reservation:
@@ -165,16 +171,24 @@ class Reservation:
             return False
         # As an engine's pages: or the driver's totals would count them a second time.
         self._member.add_committed(more)
+        self._member.set_pinned(self.bytes)
         return True
 
     def _shrink(self, less: int) -> None:
         self._member.add_committed(-less)
         self._member.release(less)
+        self._member.set_pinned(self.bytes)
+        self._member.touch()
         self._comply()
+
+    def _attend(self) -> bool:
+        """Between calls, from the watcher's thread."""
+        self._publish_usage()
+        self._comply()
+        return False
 
     def _comply(self) -> None:
         """Acknowledge what is already so; nothing held is parked or cached."""
-        self._member.touch()
         policy = self._member.policy()
         if policy.version != policy.observed and (
             policy.limit is None or self.bytes <= policy.limit

@@ -18,6 +18,7 @@ from .decay import LowWater
 from .demand import Demand, Request
 from .free_queue import BlockList, ElasticFreeQueue
 from .metrics import HISTOGRAMS, HistogramFeed
+from .orders import Orders
 from .plan import ArenaShape, BlockRanges, StepOps
 from .usage import DeviceUsage
 from .watcher import Watcher
@@ -98,17 +99,19 @@ class ElasticScheduler:
         self._owed_pages = 0
         self._keep_pages = 0
         self._asked_since: float | None = None
-        self._trimmed: dict[int, int] = {}
         self._bell = self.accounts.bell()
         self._passes = 0
         self._preempted_in = -_PREEMPTION_PAUSE
         self._settling = False
         self._watcher: Watcher | None = None
         self._demand = Demand(self.accounts, self.allocator.cost, block_tokens)
+        self._orders = Orders(self.accounts)
         self.refresh_usage(force=True)
         first = [self.allocator.committed_pages(g) for g in range(self._num_geometries)]
         if not self.accounts.wait_for(first, start_wait_s):
             raise MemoryError("not even the null block's page can be leased")
+        for account in self.accounts:
+            account.member.set_pinned(account.cost(first))
 
     def free_queue(
         self, blocks: Sequence[Any], cached: BlockList, evict: Callable[[Any], object]
@@ -172,7 +175,7 @@ class ElasticScheduler:
         self._passes += 1
         self._demand.begin(waiting)
         self.accounts.touch()
-        trimmed, with_cache = self._pages_to_trim()
+        trimmed, with_cache = self._orders.begin(self._total_pages[0])
         contended = self.accounts.others_wait()
         # Memory for what runs now is not spare.
         self._keep_pages = self._pages_for_next(running) if contended or trimmed else 0
@@ -211,6 +214,8 @@ class ElasticScheduler:
 
     def _give(self, pages: int) -> BlockRanges:
         """Decommit parked pages others asked for, as far as they can be spared."""
+        if pages <= 0:
+            return []
         spare = max(0, self.allocator.parked_pages - self._keep_pages)
         before = [self.allocator.committed_pages(g) for g in range(self._num_geometries)]
         ranges = self._shrink(min(pages, spare))
@@ -261,33 +266,8 @@ class ElasticScheduler:
             soft, hard = max(soft, -(-asked // cost)), max(hard, -(-asked_running // cost))
         return soft, hard
 
-    def _new_trims(self) -> list[tuple[int, int, int, bool]]:
-        """Operators' wishes not yet carried out: account, version, bytes (-1: all), cache too."""
-        trims = []
-        for index, account in enumerate(self.accounts):
-            trim = account.member.policy().trim
-            if trim is not None and trim[0] != self._trimmed.get(index):
-                trims.append((index, *trim))
-        return trims
-
-    def _pages_to_trim(self) -> tuple[int, bool]:
-        """Pages operators want back, and whether cached blocks may go for them; once each."""
-        pages, with_cache = 0, False
-        costs = [max(account.page_cost[0], 1) for account in self.accounts]
-        for index, version, num_bytes, cached in self._new_trims():
-            self._trimmed[index] = version
-            wanted = -(-num_bytes // costs[index]) if num_bytes >= 0 else self._total_pages[0]
-            pages, with_cache = max(pages, wanted), with_cache or cached
-        return pages, with_cache
-
     def _cache_bound(self) -> int:
-        """Blocks that may stay cached."""
-        bound = self.allocator.num_blocks
-        for account in self.accounts:
-            limit = account.member.policy().cache_limit
-            if limit is not None:
-                bound = min(bound, limit // max(account.block_cost, 1))
-        return bound
+        return self._orders.cache_bound(self.allocator.num_blocks)
 
     def _shrink(self, pages: int) -> BlockRanges:
         if pages <= 0:
@@ -304,7 +284,7 @@ class ElasticScheduler:
         Safe to call from another thread, as :meth:`wants_step` is.
         """
         self.refresh_usage()
-        self._acknowledge()
+        self._orders.acknowledge(self._num_cached() <= self._cache_bound(), self._settling)
         return self.wants_step()
 
     def wants_step(self) -> bool:
@@ -319,25 +299,10 @@ class ElasticScheduler:
         unused = self.allocator.parked_pages
         if unused > self._parked_pages and self._decay.is_due(time.monotonic()):
             return True
-        cached = self.queue.num_cached if self.queue is not None else 0
-        if cached > self._cache_bound() or self._new_trims():
+        cached = self._num_cached()
+        if cached > self._cache_bound() or self._orders.has_new():
             return True
         return bool(unused or cached) and self._pages_asked()[0] > 0
-
-    def _acknowledge(self) -> None:
-        """Tell controllers that a policy or a trim they asked for has taken effect."""
-        for index, account in enumerate(self.accounts):
-            member = account.member
-            policy = member.policy()
-            if policy.version == policy.observed and policy.trim is None:
-                continue
-            cached = self.queue.num_cached if self.queue is not None else 0
-            fits = policy.limit is None or member.info().leased <= policy.limit
-            if fits and cached <= self._cache_bound():
-                member.observe(policy.version)
-            done = policy.trim is not None and policy.trim[0] == self._trimmed.get(index)
-            if done and policy.trim is not None and not self._settling:
-                member.trim_done(policy.trim[0])
 
     def _returning(self, account: Account) -> int:
         """Bytes decommitted here that the workers have not released yet."""
@@ -356,20 +321,26 @@ class ElasticScheduler:
 
     def _publish_spare(self) -> None:
         spare = max(0, self.allocator.parked_pages - self._keep_pages)
-        cached = self.queue.num_cached if self.queue is not None else 0
+        cached = self._num_cached()
         for account in self.accounts:
             account.member.set_parked(spare * account.page_cost[0])
             account.member.set_cached(cached * account.block_cost)
 
+    def _num_cached(self) -> int:
+        return self.queue.num_cached if self.queue is not None else 0
+
     def _publish(self, gave: bool) -> None:
         self._publish_spare()
-        self._settling = gave
+        settling = gave
         for account in self.accounts:
             returning = self._returning(account)
-            self._settling = self._settling or returning > 0
+            settling = settling or returning > 0
             account.member.set_returning(returning)
+        # At once, and before the trims count as done: another thread acknowledges them.
+        self._settling = settling
+        self._orders.finish()
         self.accounts.count(self.counters)
-        if self._asked_since is not None and not self._settling:
+        if self._asked_since is not None and not settling:
             self.accounts.time("reclaim", time.monotonic() - self._asked_since)
             self._asked_since = None
 
@@ -412,7 +383,7 @@ class ElasticScheduler:
 
     def watch(self, wake: Callable[[], object]) -> None:
         """Have ``wake`` called, from another thread, whenever :meth:`wants_step` is true."""
-        self._watcher = Watcher(self, wake, self.accounts.bell().wait)
+        self._watcher = Watcher(self.attend, wake, self.accounts.bell().wait)
 
     def close(self) -> None:
         """Leave the ledgers; the bytes return once every worker has left as well."""

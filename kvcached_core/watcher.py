@@ -5,20 +5,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Protocol
-
-
-class Watched(Protocol):
-    """What the watcher needs of the scheduler half."""
-
-    def attend(self) -> bool: ...
 
 
 class Watcher:
     """A thread that looks at the ledger while the engine may be blocked on its queue.
 
     Args:
-        scheduler: asked whether a step is wanted.
+        attend: does what has to be done between steps; whether a step is wanted.
         wake: makes the engine run a step; called from the watcher's thread.
         wait: returns when a ledger has news for this engine, or after so many milliseconds.
         period_ms: how often to look if there is no news.
@@ -26,12 +19,12 @@ class Watcher:
 
     def __init__(
         self,
-        scheduler: Watched,
+        attend: Callable[[], bool],
         wake: Callable[[], object],
         wait: Callable[[int], object],
         period_ms: int = 20,
     ) -> None:
-        self._scheduler = scheduler
+        self._attend = attend
         self._wake = wake
         self._wait = wait
         self._period_ms = period_ms
@@ -41,9 +34,9 @@ class Watcher:
 
     def _run(self) -> None:
         while not self._stopped:
-            if self._scheduler.attend():
+            if self._attend():
                 self._wake()
-                # The step is on its way; looking again before it ran would ask for another.
+            # After a wake as well: looking again before the step ran would ask for another.
             self._wait(self._period_ms)
 
     def stop(self) -> None:

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from ._core import Arena, Backend, Geometry, Ledger, Mapper, PagePool
+from .accounts import Account, Accounts
 from .plan import BlockRanges, StepOps, WorkerBinding
 
 
@@ -93,7 +94,9 @@ class WorkerArena:
         page_bytes = self.binding.shape.page_bytes * self.binding.shape.segments
         pages_of = self._geometry.pages_of
         most = sum(pages_of(end - 1)[1] - pages_of(start)[0] for start, end in wanted)
-        if not self._lease_in_time(most * page_bytes):
+        account = Accounts([Account(self._ledger, self._member, (page_bytes,), page_bytes)])
+        # In time for the neighbours to give memory back.
+        if not account.wait_for([most], self.binding.retry_ms / 1000):
             raise MemoryError(
                 f"the engine's warm-up needs {most * page_bytes} bytes of KV memory and the "
                 f"ledger {self._ledger.path} has {self._ledger.available()}: free memory on the "
@@ -103,18 +106,6 @@ class WorkerArena:
         self._mapper.commit_now(wanted)
         self._member.release(most * page_bytes - (self.committed_bytes - before))
         self._warm += wanted
-
-    def _lease_in_time(self, num_bytes: int) -> bool:
-        """Lease all of it within ``retry_ms``, while the neighbours give memory back."""
-        deadline = time.monotonic() + self.binding.retry_ms / 1000
-        heard = self._member.bell
-        granted = self._member.lease(num_bytes)
-        while not granted and time.monotonic() < deadline:
-            self._member.set_demand(num_bytes, 1)
-            heard = self._member.wait_bell(heard, 20)
-            granted = self._member.lease(num_bytes)
-        self._member.set_demand(0, 0)
-        return granted
 
     def _end_warm_up(self) -> None:
         self._mapper.decommit_later(self._warm)

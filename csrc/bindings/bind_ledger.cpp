@@ -116,6 +116,7 @@ void bind_member_info(nb::module_& m) {
       .def_ro("asked", &MemberInfo::asked)
       .def_ro("asked_running", &MemberInfo::asked_running)
       .def_ro("returning", &MemberInfo::returning)
+      .def_ro("pinned", &MemberInfo::pinned)
       .def_ro("waiting", &MemberInfo::waiting)
       .def_ro("idle_s", &MemberInfo::idle_s)
       .def_ro("passed_over", &MemberInfo::passed_over)
@@ -198,6 +199,8 @@ void bind_member(nb::module_& m) {
           },
           "bytes"_a, "waiting"_a = 0)
       .def("set_returning", setter(&Member::set_returning), "bytes"_a)
+      .def("set_pinned", setter(&Member::set_pinned), "bytes"_a,
+           "Of what is leased, the bytes no answer to an ask can bring; they are not asked for.")
       .def("touch", [](Member& self) { check(self.touch()); })
       .def("claimable",
            [](Member& self) {
@@ -268,6 +271,9 @@ void bind_ledger(nb::module_& m) {
            }),
            "path"_a, "capacity_bytes"_a = nb::none(), "headroom_bytes"_a = nb::none(),
            "Open or create a ledger; None keeps the number of an existing one.")
+      .def_static(
+          "remove", [](const std::filesystem::path& path) { check(Ledger::remove(path.string())); },
+          "path"_a, "Delete a ledger that no member uses, whatever is in it.")
       .def_prop_ro("path", &Ledger::path)
       .def_prop_ro("capacity", &Ledger::capacity)
       .def_prop_ro("headroom", &Ledger::headroom)

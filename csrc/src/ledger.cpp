@@ -34,6 +34,8 @@ Status Ledger::open(const std::string& path, std::optional<int64_t> capacity,
   return {};
 }
 
+Status Ledger::remove(const std::string& path) { return LedgerFile::remove(path); }
+
 const std::string& Ledger::path() const { return file_->path(); }
 uint64_t Ledger::capacity() const { return file_->header().capacity.load(); }
 uint64_t Ledger::headroom() const { return file_->header().headroom.load(); }

@@ -27,6 +27,7 @@ void view(const Slot& slot, int index, int64_t now, View& out) {
   out.returning = slot.returning.load();
   out.parked = slot.parked.load();
   out.cached = slot.cached.load();
+  out.pinned = slot.pinned.load();
   out.demand = fresh_demand(slot, now);
   out.limit = slot.limit.load();
   out.guarantee = std::min(slot.guarantee.load(), out.limit);
@@ -140,6 +141,7 @@ MemberInfo describe(LedgerFile& file, int index) {
   info.asked = slot.asked.load();
   info.asked_running = slot.asked_running.load();
   info.returning = slot.returning.load();
+  info.pinned = slot.pinned.load();
   info.waiting = info.demand != 0 ? slot.waiting.load() : 0;
   info.idle_s = static_cast<double>(age_ns(slot.touched_ns, now)) * 1e-9;
   info.passed_over = slot.passed_over.load();

@@ -110,6 +110,28 @@ Status LedgerFile::open(const std::string& path, std::optional<uint64_t> capacit
   return fail(Code::lost, "ledger " + path + " is deleted again and again; find out by whom");
 }
 
+// Whoever opens or joins looks, inside the critical section, whether the file still has its name.
+// So one that is deleted inside it, without a member, never gets one.
+Status LedgerFile::remove(const std::string& path) {
+  std::error_code error;
+  const std::string absolute = std::filesystem::absolute(path, error);
+  if (error) return fail(Code::driver, describe_errno(path, error.value()), error.value());
+  LedgerFile file(absolute, std::nullopt, std::nullopt);
+  if (Status status = file.open_inode(); !status.ok()) {
+    return status.driver_code == ENOENT ? Status{} : status;
+  }
+  Section section;
+  if (Status status = section.enter_unchecked(file); !status.ok()) return status;
+  if (!file.still_at_path().ok()) return {};  // somebody else was faster
+  if (file.fd_.held_elsewhere(kMemberBytes, kMemberBytesLength)) {
+    return fail(Code::refused, "ledger " + path + " has living members: stop them first");
+  }
+  if (unlink(absolute.c_str()) != 0) {
+    return fail(Code::driver, describe_errno("ledger: cannot delete " + path, errno), errno);
+  }
+  return {};
+}
+
 LedgerFile::~LedgerFile() {
   if (file_ != nullptr) munmap(static_cast<void*>(file_), sizeof(File));
 }

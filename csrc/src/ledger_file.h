@@ -21,6 +21,8 @@ class LedgerFile {
   // Creates the file, and the directory it is in, unless capacity is absent. See Ledger::open.
   static Status open(const std::string& path, std::optional<uint64_t> capacity,
                      std::optional<uint64_t> headroom, std::shared_ptr<LedgerFile>& out);
+  // See Ledger::remove.
+  static Status remove(const std::string& path);
   ~LedgerFile();
   LedgerFile(const LedgerFile&) = delete;
   LedgerFile& operator=(const LedgerFile&) = delete;

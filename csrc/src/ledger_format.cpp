@@ -33,6 +33,7 @@ Status check_slot(const Slot& slot, int index, uint64_t capacity) {
                 {"static bytes", slot.static_bytes, kMaxBytes},
                 {"bytes of demand", slot.demand, kMaxBytes},
                 {"returning bytes", slot.returning, kMaxBytes},
+                {"pinned bytes", slot.pinned, kMaxBytes},
                 {"guaranteed bytes", slot.guarantee, kMaxBytes},
                 {"bytes of limit", slot.limit, kMaxBytes, kNone},
                 {"of priority", slot.priority, kMaxPriority},

@@ -86,6 +86,7 @@ struct alignas(2048) Slot {
   Word demand_ns;
   Word waiting;
   Word returning;
+  Word pinned;  // of leased: what no answer to an ask can bring
   Word touched_ns;
   // The latest plan, and since when the member has not answered it.
   Word asked;

@@ -169,6 +169,7 @@ Status Member::set_parked(int64_t bytes) { return store(&Slot::parked, bytes, "p
 Status Member::set_cached(int64_t bytes) { return store(&Slot::cached, bytes, "cached"); }
 Status Member::set_static(int64_t bytes) { return store(&Slot::static_bytes, bytes, "static"); }
 Status Member::set_returning(int64_t bytes) { return store(&Slot::returning, bytes, "returning"); }
+Status Member::set_pinned(int64_t bytes) { return store(&Slot::pinned, bytes, "pinned"); }
 Status Member::touch() {
   Wait wait;
   std::shared_lock staying(leaving_, std::defer_lock);

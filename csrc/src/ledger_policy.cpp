@@ -25,7 +25,7 @@ class Planner {
       Stock& stock = stock_[i];
       stock.parked = std::min(v.parked, held(v));
       stock.cached = std::min(v.cached, held(v) - stock.parked);
-      stock.running = held(v) - stock.parked - stock.cached;
+      stock.running = less(held(v) - stock.parked - stock.cached, v.pinned);
       floor_[i] = floor_of(v);
       floors_ += floor_[i];
       free_ += v.returning;

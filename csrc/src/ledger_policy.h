@@ -19,6 +19,7 @@ struct View {  // of one living member
   uint64_t returning;  // decommitted, and not yet released by its workers
   uint64_t parked;
   uint64_t cached;
+  uint64_t pinned;  // it could not give these back, whoever asked
   uint64_t demand;  // 0 unless fresh
   uint64_t guarantee;
   uint64_t limit;  // kNone: no limit

@@ -54,6 +54,19 @@ TEST_CASE("without a policy all that is available may be claimed by anyone") {
   CHECK(claimable(state, 1) == 550);
 }
 
+TEST_CASE("what is pinned is asked for by nobody") {
+  const View urgent = with(with(member(0), &View::demand, 500), &View::priority, 1);
+  View low = with(member(100), &View::pinned, 30);
+  CHECK(plan_of(state_of(100, {low, urgent}))[0].running == 70);
+  low.pinned = 100;
+  check_ask(plan_of(state_of(100, {low, urgent}))[0], 0, 0);
+  check_ask(plan_of(state_of(50, {low}))[0], 0, 0);  // nor for an overdraft
+  low.limit = 40;
+  check_ask(plan_of(state_of(100, {low}))[0], 0, 0);  // nor for its own limit
+  low.parked = 20;                                    // pinned is of the rest
+  CHECK(plan_of(state_of(100, {low, urgent}))[0].soft == 20);
+}
+
 TEST_CASE("a limit bounds what may be claimed") {
   View a = with(member(300), &View::limit, 350);
   CHECK(claimable(state_of(1000, {a}), 0) == 50);

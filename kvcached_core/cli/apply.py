@@ -18,6 +18,9 @@ from .options import read
 from .policy import Change, Trim, change, trim
 from .select import Target, pick
 
+ValueOf = Callable[[int], int | None]
+"""What to set where a ledger has that capacity; None is "none"."""
+
 
 @dataclass(frozen=True, slots=True)
 class How:
@@ -33,7 +36,7 @@ def set_policy(
     how: How,
     name: str,
     field: str,
-    value: Callable[[int], int | None],
+    value: ValueOf,
     expected_version: int | None = None,
 ) -> None:
     """Set ``field`` of the member to ``value(capacity)`` in every ledger that has it.
@@ -70,14 +73,22 @@ def give_back(how: How, name: str, wanted: int | None, cached: bool) -> None:
         )
 
 
-def bytes_of(amount: Amount, unbounded: int | None) -> Callable[[int], int | None]:
-    """Bytes for a capacity, with ``unbounded`` for an operator's "none"."""
+def bytes_or(unbounded: int | None) -> Callable[[Amount], ValueOf]:
+    """Reads an amount, with ``unbounded`` for an operator's "none"."""
 
-    def value(capacity: int) -> int | None:
-        num_bytes = amount.resolve(capacity)
-        return unbounded if num_bytes is None else num_bytes
+    def of(amount: Amount) -> ValueOf:
+        def value(capacity: int) -> int | None:
+            num_bytes = amount.resolve(capacity)
+            return unbounded if num_bytes is None else num_bytes
 
-    return value
+        return value
+
+    return of
+
+
+def number(value: int) -> ValueOf:
+    """The same number for every capacity."""
+    return lambda _: value
 
 
 def _targets(how: How, name: str) -> list[Target]:

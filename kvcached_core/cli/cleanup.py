@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .._core import VmmError
+from .._core import Ledger, VmmError
 from .errors import CtlError
 from .frames import LedgerFrame, Ledgers
 from .options import read
-from .remove import remove
 from .select import Target, matching, pick
 
 
@@ -57,12 +56,12 @@ def delete_unused(ledgers: Ledgers) -> Deleted:
             deleted.kept.append(frame)
             continue
         try:
-            remove(frame.path)
-        except CtlError:
+            Ledger.remove(frame.path)
+        except VmmError as error:
             if frame.error is None and ledgers.key is None:
                 deleted.kept.append(frame)  # a member joined meanwhile
                 continue
-            raise
+            raise CtlError(str(error)) from None
         deleted.ledgers.append(frame.key)
     if ledgers.key is not None and deleted.kept:
         names = ", ".join(member.name for frame in deleted.kept for member in frame.living)

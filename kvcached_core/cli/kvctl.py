@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
 
 from ..units import format_size, parse_size
 from . import as_json, kvtop, options, serve, tables
-from .apply import How, bytes_of, give_back, set_policy
+from .apply import How, ValueOf, bytes_or, give_back, number, set_policy
 from .cleanup import delete_member, delete_unused
 from .entry import run
 from .follow import EventReader
@@ -73,100 +73,53 @@ def show(
         tables.console().print(tables.detail(target.frame, target.member))
 
 
-@app.command()
-def limit(
-    member: Name,
-    value: Value,
-    json: Json = False,
-    wait: Wait = True,
-    timeout: Timeout = _TIMEOUT_S,
-    if_version: Expect = None,
-    ledger_dir: LedgerDir = None,
-    ledger: Key = None,
+def _policy_command(
+    name: str, field: str, argument: Any, value_of: Callable[[Any], ValueOf], text: str
 ) -> None:
-    """Set the most a member may hold; what it holds beyond is taken back."""
-    how = How(_ledgers(ledger_dir, ledger), json, wait, timeout)
-    set_policy(how, member, "limit", bytes_of(value, None), if_version)
+    """Add the command that sets one field of a member's policy."""
+
+    def command(
+        member: Name,
+        value: Any,
+        json: Json = False,
+        wait: Wait = True,
+        timeout: Timeout = _TIMEOUT_S,
+        if_version: Expect = None,
+        ledger_dir: LedgerDir = None,
+        ledger: Key = None,
+    ) -> None:
+        how = How(_ledgers(ledger_dir, ledger), json, wait, timeout)
+        set_policy(how, member, field, value_of(value), if_version)
+
+    # Typer makes the argument from its annotation.
+    command.__annotations__["value"] = argument
+    app.command(name, help=text)(command)
 
 
-@app.command("limit-percent")
-def limit_percent(
-    member: Name,
-    percent: options.Percent,
-    json: Json = False,
-    wait: Wait = True,
-    timeout: Timeout = _TIMEOUT_S,
-    if_version: Expect = None,
-    ledger_dir: LedgerDir = None,
-    ledger: Key = None,
-) -> None:
-    """As limit, in percent of the ledger's capacity."""
-    how = How(_ledgers(ledger_dir, ledger), json, wait, timeout)
-    set_policy(how, member, "limit", bytes_of(percent, None), if_version)
-
-
-@app.command()
-def guarantee(
-    member: Name,
-    value: Value,
-    json: Json = False,
-    wait: Wait = True,
-    timeout: Timeout = _TIMEOUT_S,
-    if_version: Expect = None,
-    ledger_dir: LedgerDir = None,
-    ledger: Key = None,
-) -> None:
-    """Set what a member can always have; refused if all guarantees no longer fit."""
-    how = How(_ledgers(ledger_dir, ledger), json, wait, timeout)
-    set_policy(how, member, "guarantee", bytes_of(value, 0), if_version)
-
-
-@app.command()
-def weight(
-    member: Name,
-    value: Annotated[int, typer.Argument(metavar="WEIGHT", min=1, max=10_000)],
-    json: Json = False,
-    wait: Wait = True,
-    timeout: Timeout = _TIMEOUT_S,
-    if_version: Expect = None,
-    ledger_dir: LedgerDir = None,
-    ledger: Key = None,
-) -> None:
-    """Set a member's share of contended memory, relative to the others' weights."""
-    how = How(_ledgers(ledger_dir, ledger), json, wait, timeout)
-    set_policy(how, member, "weight", lambda _: value, if_version)
-
-
-@app.command()
-def priority(
-    member: Name,
-    value: Annotated[int, typer.Argument(metavar="PRIORITY", min=0, max=100)],
-    json: Json = False,
-    wait: Wait = True,
-    timeout: Timeout = _TIMEOUT_S,
-    if_version: Expect = None,
-    ledger_dir: LedgerDir = None,
-    ledger: Key = None,
-) -> None:
-    """Set who is served first; a higher one may preempt running requests of lower ones."""
-    how = How(_ledgers(ledger_dir, ledger), json, wait, timeout)
-    set_policy(how, member, "priority", lambda _: value, if_version)
-
-
-@app.command()
-def cache(
-    member: Name,
-    value: Value,
-    json: Json = False,
-    wait: Wait = True,
-    timeout: Timeout = _TIMEOUT_S,
-    if_version: Expect = None,
-    ledger_dir: LedgerDir = None,
-    ledger: Key = None,
-) -> None:
-    """Set the bound of a member's unreferenced prefix cache."""
-    how = How(_ledgers(ledger_dir, ledger), json, wait, timeout)
-    set_policy(how, member, "cache_limit", bytes_of(value, None), if_version)
+_policy_command(
+    *("limit", "limit", Value, bytes_or(None)),
+    "Set the most a member may hold; what it holds beyond is taken back.",
+)
+_policy_command(
+    *("limit-percent", "limit", options.Percent, bytes_or(None)),
+    "As limit, in percent of the ledger's capacity.",
+)
+_policy_command(
+    *("guarantee", "guarantee", Value, bytes_or(0)),
+    "Set what a member can always have; refused if all guarantees no longer fit.",
+)
+_policy_command(
+    *("weight", "weight", options.Weight, number),
+    "Set a member's share of contended memory, relative to the others' weights.",
+)
+_policy_command(
+    *("priority", "priority", options.Priority, number),
+    "Set who is served first; a higher one may preempt running requests of lower ones.",
+)
+_policy_command(
+    *("cache", "cache_limit", Value, bytes_or(None)),
+    "Set the bound of a member's unreferenced prefix cache.",
+)
 
 
 @app.command()

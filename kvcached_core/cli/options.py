@@ -86,6 +86,8 @@ Percent = Annotated[
         show_default=False,
     ),
 ]
+Weight = Annotated[int, typer.Argument(metavar="WEIGHT", min=1, max=10_000, show_default=False)]
+Priority = Annotated[int, typer.Argument(metavar="PRIORITY", min=0, max=100, show_default=False)]
 LedgerDir = Annotated[
     Path | None,
     typer.Option(

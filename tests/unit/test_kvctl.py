@@ -21,10 +21,8 @@ from typing import Any
 
 import pytest
 
-from kvcached_core._core import Ledger
+from kvcached_core._core import Ledger, LedgerRefused
 from kvcached_core.cli import kvctl
-from kvcached_core.cli.errors import CtlError
-from kvcached_core.cli.remove import remove
 from kvcached_core.cli.values import parse_address, parse_duration, parse_percent, printable
 from tests.support.ledger_member import MIB, member
 
@@ -419,16 +417,16 @@ def test_delete_waits_for_one_who_joins(directory: Path) -> None:
     fd = os.open(path, os.O_RDWR)
     with ThreadPoolExecutor(1) as pool:
         lock(fd, fcntl.F_WRLCK, (1 << 20) - 1)
-        deleting = pool.submit(remove, path)
+        deleting = pool.submit(Ledger.remove, path)
         with pytest.raises(TimeoutError):
             deleting.result(timeout=0.3)
         lock(fd, fcntl.F_RDLCK, (1 << 20) + 5)
         lock(fd, fcntl.F_UNLCK, (1 << 20) - 1)
-        with pytest.raises(CtlError, match="living members"):
+        with pytest.raises(LedgerRefused, match="living members"):
             deleting.result(timeout=10)
     assert path.exists()
     os.close(fd)
-    remove(path)
+    Ledger.remove(path)
     assert not path.exists()
 
 

@@ -138,6 +138,38 @@ def test_an_operator_gets_back_what_is_unused(ledger: Ledger, with_cache: bool, 
     assert not engine.scheduler.wants_step()
 
 
+def test_a_trim_is_not_acknowledged_before_its_pass_is_over(ledger: Ledger) -> None:
+    engine = Engine(ledger, 400, PAGE, parked_bytes=100 * PAGE, decay_s=1000)
+    held = engine.take(30)
+    assert held is not None
+    engine.free(held)
+    engine.apply()
+    member = engine.accounts[0].member
+    another(ledger).trim(member.slot, member.generation)
+    engine.scheduler.begin_pass()
+    engine.scheduler.attend()  # the watcher's thread may look at any time
+    assert member.info().trim_pending
+    assert engine.scheduler.take_ops().decommit
+    engine.scheduler.attend()
+    assert member.info().trim_pending  # decided, and the workers have not done it
+    engine.apply()
+    engine.apply()
+    engine.scheduler.attend()
+    assert not member.info().trim_pending
+    assert ledger.total_leased() == PAGE
+
+
+def test_the_null_block_is_not_asked_for(ledger: Ledger) -> None:
+    engine = Engine(ledger, 400, PAGE, parked_bytes=100 * PAGE, decay_s=1000)
+    member = engine.accounts[0].member
+    assert member.info().pinned == PAGE
+    starved = another(ledger).join("starved", priority=100)
+    starved.set_demand(ledger.capacity)
+    engine.apply()
+    assert member.ask() == (0, 0)
+    assert not engine.scheduler.wants_step()
+
+
 def test_a_trim_of_some_bytes_stops_there(ledger: Ledger) -> None:
     engine = Engine(ledger, 400, PAGE, parked_bytes=100 * PAGE, decay_s=1000)
     held = engine.take(30)
@@ -166,6 +198,11 @@ def test_demand_covers_all_that_wait(ledger: Ledger) -> None:
     # A pass that is full without a look at the queue does not take the demand back.
     engine.apply((), waiting)
     assert engine.accounts[0].member.info().demand == (7 + 20 + 5) * PAGE
+    # What has left it is not waited for.
+    engine.scheduler.begin_pass((), waiting[2:])
+    engine.finish()
+    assert engine.accounts[0].member.info().demand == 5 * PAGE
+    assert engine.accounts[0].member.info().waiting == 1
     neighbour.release(60 * PAGE)
     engine.scheduler.begin_pass()
     assert engine.take(10) is not None

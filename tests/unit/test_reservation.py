@@ -164,6 +164,21 @@ def test_a_limit_is_acknowledged_once_it_holds(ledger: Ledger, memory: Reservati
     assert ledger.members()[0].observed_version == version
 
 
+def test_an_idle_reservation_answers_operators(ledger: Ledger, memory: Reservation) -> None:
+    assert memory.resize(20 * MIB)
+    (info,) = ledger.members()
+    assert info.pinned == 20 * MIB
+    version = ledger.set_policy(info.slot, info.generation, limit=32 * MIB)
+    ledger.trim(info.slot, info.generation)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        (info,) = ledger.members()
+        if info.observed_version == version and not info.trim_pending:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"no answer to policy {version}: {info}")
+
+
 def test_a_guarantee_that_does_not_fit_is_refused(ledger: Ledger, tmp_path: Path) -> None:
     engine = ledger.join("first-engine", guarantee=60 * MIB)
     with pytest.raises(ConfigError, match=r"cannot reserve memory.*first-engine"):

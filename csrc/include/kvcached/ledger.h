@@ -56,6 +56,7 @@ struct MemberInfo {
   uint64_t asked = 0;             // of parked and cached bytes, by the latest plan
   uint64_t asked_running = 0;     // beyond those: running requests must go
   uint64_t returning = 0;         // decommitted, and not yet released by its workers
+  uint64_t pinned = 0;            // of leased: what no answer to an ask can bring
   uint64_t waiting = 0;           // requests
   uint64_t passed_over = 0;       // times it did not answer an ask in time
   bool trim_pending = false;
@@ -136,10 +137,12 @@ class Member {
   // What this member waits for, and how many requests of it do. Counts for 5 s, then post it again.
   Status set_demand(int64_t bytes, int64_t waiting = 0);
   Status set_returning(int64_t bytes);
+  // Of what is leased, the bytes it could not give back whoever asked: they are never asked for.
+  Status set_pinned(int64_t bytes);
   Status touch();  // a step ran now
 
   // What this member is asked to give back, worked out anew: of parked and cached bytes, and
-  // beyond those. An ask that brings nothing back for 300 ms is withdrawn for 3 s and put to
+  // beyond those. An ask that brings nothing back for 1 s is withdrawn for 3 s and put to
   // others, but for one to keep within the member's own limit.
   Status ask(uint64_t& soft, uint64_t& running);
   Status policy(Policy& out);
@@ -192,6 +195,9 @@ class Ledger {
   // replace them otherwise. The directory must be the caller's own with mode 0700, the file 0600.
   static Status open(const std::string& path, std::optional<int64_t> capacity,
                      std::optional<int64_t> headroom, std::unique_ptr<Ledger>& out);
+
+  // Deletes a ledger that no member uses, whatever is in it; one that is gone already is fine.
+  static Status remove(const std::string& path);
 
   const std::string& path() const;
   uint64_t capacity() const;
