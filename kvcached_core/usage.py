@@ -23,3 +23,15 @@ class DeviceUsage:
     def used_bytes(self) -> int:
         """Bytes in use now, the driver's own among them."""
         return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+
+    def process_bytes(self, pid: int) -> int | None:
+        """Bytes of one process, or None if the driver does not know it.
+
+        It knows processes by the machine's own ids: one in a container is mostly not found.
+        """
+        try:
+            found = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        except pynvml.NVMLError:
+            return None
+        sizes = [process.usedGpuMemory for process in found if process.pid == pid]
+        return sum(sizes) if sizes and None not in sizes else None

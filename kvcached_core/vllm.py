@@ -26,6 +26,7 @@ from .devices import (
 from .free_queue import ElasticFreeQueue
 from .plan import ArenaShape, RankDevice, WorkerBinding
 from .scheduler import ElasticScheduler
+from .static_memory import StaticMemory, follow_static
 from .units import format_size
 from .usage import DeviceUsage
 from .worker import WorkerArena
@@ -120,6 +121,7 @@ class VllmWorker:
         self.layout = self.config.layout
         self._backend: Backend = open_backend(self.kind, ordinal or 0, self.config)
         self._arena: WorkerArena | None = None
+        self._static: StaticMemory | None = None
         self.static_bytes = 0
 
     def virtual_bytes(self, limit: int, world_size: int = 1) -> int:
@@ -139,8 +141,10 @@ class VllmWorker:
         return describe(self._backend, self.kind, self.config, self.static_bytes)
 
     def open_arena(self, binding: WorkerBinding) -> WorkerArena:
-        self._arena = WorkerArena(self._backend, binding)
-        return self._arena
+        self._arena = arena = WorkerArena(self._backend, binding)
+        if self.kind != "host":
+            self._static = follow_static(arena, self.describe())
+        return arena
 
     def check_backends(self, names: Iterable[str]) -> None:
         """Refuse attention backends that ignore the block stride.
@@ -164,6 +168,8 @@ class VllmWorker:
         ops = scheduler_output.kvcached_ops
         if ops is not None:
             self._arena.apply(ops)
+            if self._static is not None:
+                self._static.refresh(self._arena.committed_bytes)
         else:
             self._arena.warm_up(_named_blocks(scheduler_output))
 

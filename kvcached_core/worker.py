@@ -48,6 +48,10 @@ class WorkerArena:
     def committed_bytes(self) -> int:
         return int(self._arena.committed_bytes)
 
+    def set_static(self, num_bytes: int) -> None:
+        """Tell the ledger what this process holds on the device besides its KV cache."""
+        self._member.set_static(num_bytes)
+
     def raw_tensor(self, segment: int = 0) -> Any:
         """One segment's memory as a DLPack object: int8, shape ``[num_blocks * block_bytes]``."""
         shape = self.binding.shape

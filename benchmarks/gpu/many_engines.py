@@ -121,8 +121,12 @@ def at_once(server: Server, prompts: list[list[int]]) -> int:
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=120) as response:
-        return len(prompts) - len(json.load(response)["choices"])
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return len(prompts) - len(json.load(response)["choices"])
+    except OSError as error:
+        print(error, server.output()[-4000:], sep="\n")
+        return len(prompts)
 
 
 def timeline(rows: list[tuple[float, dict[str, Any]]], start: float) -> list[list[float]]:

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine holds beside its KV cache, kept true in the ledger while it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from .devices import open_usage
+from .plan import RankDevice
+from .worker import WorkerArena
+
+_PERIOD_S = 0.1
+_CONTEXT_BYTES = 512 << 20
+"""What a process has on a GPU outside its framework's allocator, where nobody can tell."""
+
+
+class StaticMemory:
+    """Follows a worker's own memory, since what was profiled at start is not the whole of it.
+
+    A CUDA context and the libraries' workspaces come on top, and the framework's allocator keeps
+    more than its peak as blocks of new sizes come. Untold, neighbours would lease those bytes.
+
+    Args:
+        registered: bytes at start: weights, the profiled peak of activations, graphs.
+        reserved: bytes the framework's allocator holds now.
+        process: bytes of this process on the device, or None if the driver does not say.
+        publish: tells the ledger.
+    """
+
+    def __init__(
+        self,
+        registered: int,
+        reserved: Callable[[], int],
+        process: Callable[[], int | None],
+        publish: Callable[[int], None],
+    ) -> None:
+        self._registered = registered
+        self._reserved = reserved
+        self._process = process
+        self._publish = publish
+        self._beside: int | None = None
+        self._published = registered
+        self._looked_at = 0.0
+
+    def refresh(self, committed: int) -> None:
+        """Look again, at most every 100 ms.
+
+        Args:
+            committed: bytes of the process that are KV cache.
+        """
+        now = time.monotonic()
+        if now - self._looked_at < _PERIOD_S:
+            return
+        self._looked_at = now
+        reserved = self._reserved()
+        if self._beside is None:  # once: the driver takes its time to answer
+            total = self._process()
+            outside = _CONTEXT_BYTES if total is None else total - reserved - committed
+            self._beside = max(0, outside)
+        held = max(self._registered, reserved) + self._beside
+        if held != self._published:
+            self._publish(held)
+            self._published = held
+
+
+def follow_static(arena: WorkerArena, device: RankDevice) -> StaticMemory:
+    """Follows this process on ``device``, whose KV cache is ``arena``."""
+    usage = open_usage(device)
+    # The engine has it loaded; the core itself does without.
+    cuda = sys.modules["torch"].cuda
+    return StaticMemory(
+        device.static_bytes,
+        lambda: int(cuda.memory_reserved()),
+        lambda: None if usage is None else usage.process_bytes(os.getpid()),
+        arena.set_static,
+    )
