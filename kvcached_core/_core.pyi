@@ -266,6 +266,15 @@ class BlockAllocator:
     def free(self, blocks: list[int]) -> None:
         """Make live blocks clean, all or none; ``blocks[0]`` is the first to be reused."""
 
+    def allocate_array(self, n: int) -> Any:
+        """As :meth:`allocate`, into a numpy array: int32, shape ``[n]``."""
+
+    def free_array(self, blocks: Any) -> None:
+        """As :meth:`free`, from a contiguous array on the host: int32, shape ``[n]``."""
+
+    def live_array(self) -> Any:
+        """Every live block but the null block, ascending: numpy, int32."""
+
     @property
     def num_blocks(self) -> int: ...
     @property

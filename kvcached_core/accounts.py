@@ -104,6 +104,10 @@ class Accounts:
         """Rings when a ledger has news for this engine."""
         return Bell(self._accounts[0].member if self._accounts else None)
 
+    def bell_count(self) -> int:
+        """Grows with every news of any ledger for this engine."""
+        return sum(account.member.bell for account in self._accounts)
+
     def set_demand(self, pages: Sequence[int], waiting: int) -> None:
         """Tell the other members what this engine waits for; zeros withdraw it."""
         for account in self._accounts:

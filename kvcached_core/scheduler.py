@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from ._core import BlockAllocator, Geometry
 from .accounts import Account, Accounts
@@ -32,6 +32,22 @@ _PREEMPTION_PAUSE = 3
 
 def geometry_of(shape: ArenaShape) -> Geometry:
     return Geometry(shape.block_bytes, shape.page_bytes, shape.num_blocks, shape.segments)
+
+
+class CachedBlocks(Protocol):
+    """The unreferenced blocks an engine keeps for their content, and gives up when told."""
+
+    @property
+    def num_cached(self) -> int: ...
+
+    def sweep(self) -> None:
+        """Hand over what lost its content without being told."""
+
+    def empty_pages(self, num_pages: int) -> None:
+        """Evict what empties that many more pages, or as many as can be."""
+
+    def evict_down_to(self, num_blocks: int) -> None:
+        """Evict until at most that many blocks are cached."""
 
 
 class ElasticScheduler:
@@ -70,7 +86,9 @@ class ElasticScheduler:
         geometries = [geometry_of(shape) for shape in shapes]
         self.allocator = BlockAllocator(num_blocks, geometries)
         self.accounts = Accounts(accounts)
-        self.queue: ElasticFreeQueue | None = None
+        self.queue: CachedBlocks | None = None
+        self.journal: list[tuple[str, int]] | None = None
+        """What was done to the allocator and the cache, for ranks that repeat it; None: nobody."""
         self.counters = dict.fromkeys(
             (
                 "committed_pages",
@@ -102,6 +120,8 @@ class ElasticScheduler:
         self._bell = self.accounts.bell()
         self._passes = 0
         self._preempted_in = -_PREEMPTION_PAUSE
+        self.withheld_blocks = 0
+        """Blocks that running requests must free in this pass, for others."""
         self._settling = False
         self._watcher: Watcher | None = None
         self._demand = Demand(self.accounts, self.allocator.cost, block_tokens)
@@ -117,8 +137,9 @@ class ElasticScheduler:
         self, blocks: Sequence[Any], cached: BlockList, evict: Callable[[Any], object]
     ) -> ElasticFreeQueue:
         """Make the engine's free queue; called once, by its block pool."""
-        self.queue = ElasticFreeQueue(self, blocks, cached, evict)
-        return self.queue
+        queue = ElasticFreeQueue(self, blocks, cached, evict)
+        self.queue = queue
+        return queue
 
     # -- growing --------------------------------------------------------------
 
@@ -131,6 +152,11 @@ class ElasticScheduler:
             return 0
         left = [total - allocator.committed_pages(g) for g, total in enumerate(self._total_pages)]
         return self.accounts.affordable_blocks(uncommitted, left)
+
+    @property
+    def gives(self) -> bool:
+        """Whether this pass gives memory back, and so can take none."""
+        return bool(self._decommit)
 
     def grow(self, num_blocks: int) -> int:
         """Commit up to ``num_blocks`` more blocks for this step; return how many came."""
@@ -147,6 +173,7 @@ class ElasticScheduler:
         while num_blocks > 0:
             growth = self.allocator.grow(num_blocks)
             if self.accounts.lease(growth.page_delta):
+                self._note("grow", num_blocks)
                 self.counters["committed_pages"] += sum(growth.page_delta)
                 return ranges + growth.ranges
             self.allocator.undo(growth)
@@ -154,6 +181,10 @@ class ElasticScheduler:
             growable = self.growable_blocks()
             num_blocks = growable if growable < num_blocks else num_blocks // 2
         return ranges
+
+    def _note(self, act: str, amount: int) -> None:
+        if self.journal is not None:
+            self.journal.append((act, amount))
 
     def note_shortage(self, num_blocks: int) -> None:
         """The engine was short of that many blocks; other members hear of it."""
@@ -190,9 +221,11 @@ class ElasticScheduler:
         if asked and self._asked_since is None:
             self._asked_since = time.monotonic()
         preempt = 0
+        self.withheld_blocks = 0
         if asked_running and self._passes - self._preempted_in >= _PREEMPTION_PAUSE:
             preempt = self._demand.last_requests(running, asked_running * self.blocks_per_page)
         if preempt:
+            self.withheld_blocks = asked_running * self.blocks_per_page
             self._preempted_in = self._passes
             self.counters["preemptions"] += preempt
             self.accounts.note_preemption(asked_running * self._page_bytes)
@@ -201,6 +234,7 @@ class ElasticScheduler:
             self.counters["reclaim_steps"] += 1
             evict_for = max(asked, trimmed if with_cache else 0) + self._keep_pages
             if self.queue is not None and evict_for > self.allocator.parked_pages:
+                self._note("empty", evict_for - self.allocator.parked_pages)
                 self.queue.empty_pages(evict_for - self.allocator.parked_pages)
             self._decommit += self._give(self._owed_pages)
         return preempt
@@ -225,21 +259,28 @@ class ElasticScheduler:
             account.member.count("reclaimed_bytes", account.cost(gone))
         return ranges
 
-    def take_ops(self, scheduled_tokens: int = 1) -> StepOps:
+    def take_ops(self, scheduled_tokens: int = 1, needed_blocks: int = 0) -> StepOps:
         """Close a scheduling pass: what its workers commit and decommit.
 
-        Call exactly once per step that is sent, after all its blocks were taken.
+        Call exactly once per step that is sent, after all its blocks were taken, or else say how
+        many will be.
 
         Args:
             scheduled_tokens: tokens the step runs; 0 if nothing could be scheduled.
+            needed_blocks: clean blocks the step is still to take.
         """
+        needed_pages = -(-needed_blocks // self.blocks_per_page)
+        self._keep_pages = max(self._keep_pages, needed_pages)
         if self.queue is not None:
             self.queue.sweep()
-            self.queue.evict_down_to(self._cache_bound())
+            bound = self._cache_bound()
+            if self.queue.num_cached > bound:
+                self._note("keep", bound)
+                self.queue.evict_down_to(bound)
         grew = bool(self._commit)
         # What preempted requests left, then what nobody has used for long.
         self._decommit += self._give(self._owed_pages)
-        unused = max(self.allocator.parked_pages - self._parked_pages, 0)
+        unused = max(self.allocator.parked_pages - self._parked_pages - needed_pages, 0)
         self._decommit += self._shrink(self._decay.observe(unused, time.monotonic()))
         decommit, self._decommit = self._decommit, []
         short = self._demand.end()
@@ -272,6 +313,7 @@ class ElasticScheduler:
     def _shrink(self, pages: int) -> BlockRanges:
         if pages <= 0:
             return []
+        self._note("shrink", pages * self._page_bytes)
         shrunk = self.allocator.shrink(pages * self._page_bytes)
         self.counters["decommitted_pages"] -= sum(shrunk.page_delta)
         return shrunk.ranges
@@ -380,6 +422,10 @@ class ElasticScheduler:
         stats.update({name: float(value) for name, value in self.counters.items()})
         stats["waiting_requests"] = float(self._demand.waiting)
         return stats | times
+
+    def pause(self, timeout_ms: int) -> None:
+        """Return at the next news of the ledger, or after that long."""
+        self._bell.wait(timeout_ms)
 
     def watch(self, wake: Callable[[], object]) -> None:
         """Have ``wake`` called, from another thread, whenever :meth:`wants_step` is true."""

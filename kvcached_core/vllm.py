@@ -12,23 +12,14 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ._core import Backend, Ledger, LedgerRefused, Member
-from .accounts import Account
+from ._core import Backend
 from .config import Config, ConfigError
-from .devices import (
-    defaults,
-    describe,
-    open_backend,
-    open_usage,
-    page_size,
-    prepare_ledger_dir,
-)
+from .devices import describe, open_backend, page_size
 from .free_queue import ElasticFreeQueue
+from .join import join
 from .plan import ArenaShape, RankDevice, WorkerBinding
 from .scheduler import ElasticScheduler
 from .static_memory import StaticMemory, follow_static
-from .units import format_size
-from .usage import DeviceUsage
 from .worker import WorkerArena
 
 # Below the engine's own logger, so that its handlers and levels apply.
@@ -209,105 +200,21 @@ def attach(
         _shape(kv_cache_config, device, config)
         for kv_cache_config, device in zip(kv_cache_configs, devices, strict=True)
     ]
-    used = [shape for shape in shapes if shape is not None]
-    if not used:
+    if not any(shapes):
         return None
-    distinct = sorted(set(used), key=lambda s: s.block_bytes * s.segments, reverse=True)
-    directory = prepare_ledger_dir(config)
-    accounts: dict[str, Account] = {}
-    usages: dict[str, DeviceUsage | None] = {}
-    for device in devices:
-        if device.key in accounts:
-            continue
-        ranks = [
-            shape
-            for shape, other in zip(shapes, devices, strict=True)
-            if other.key == device.key and shape is not None
-        ]
-        headroom = config.headroom
-        if headroom is None:
-            headroom = defaults(device.kind).headroom
-        ledger = Ledger(str(directory / f"{device.key}.ledger"), device.total_bytes, headroom)
-        usage = usages[device.key] = open_usage(device)
-        if usage is not None:
-            ledger.set_device_used(usage.used_bytes())
-        static = sum(d.static_bytes for d in devices if d.key == device.key)
-        accounts[device.key] = Account(
-            ledger=ledger,
-            member=_join(ledger, config, static),
-            page_cost=tuple(ranks.count(s) * s.page_bytes * s.segments for s in distinct),
-            block_cost=sum(s.block_bytes * s.segments for s in ranks),
-        )
-    for kv_cache_config, shape, device in zip(kv_cache_configs, shapes, devices, strict=True):
-        account = accounts[device.key]
-        if shape is not None:
-            kv_cache_config.elastic = WorkerBinding(
-                shape=shape,
-                ledger_path=account.ledger.path,
-                capacity_bytes=account.ledger.capacity,
-                headroom_bytes=account.ledger.headroom,
-                slot=account.member.slot,
-                generation=account.member.generation,
-                retry_ms=config.retry_ms,
-                zero_recycled=bool(kv_cache_config.has_mamba_layers),
-            )
-    ahead = config.commit_ahead
-    if ahead is None:
-        ahead = defaults(devices[0].kind).commit_ahead
-    for account in accounts.values():
-        logger.info(
-            "Elastic KV cache: member %r of %s, %s free of %s",
-            config.name,
-            account.ledger.path,
-            format_size(account.ledger.available()),
-            format_size(account.ledger.capacity),
-        )
-    for shape in distinct:
-        logger.info(
-            "Elastic KV cache: %d virtual blocks of %s in pages of %s (%s-major)",
-            shape.num_blocks,
-            format_size(shape.block_bytes * shape.segments),
-            format_size(shape.page_bytes),
-            config.layout,
-        )
-    try:
-        return ElasticScheduler(
-            kv_cache_configs[0].num_blocks,
-            distinct,
-            list(accounts.values()),
-            parked_bytes=ahead if config.parked is None else config.parked,
-            ahead_bytes=ahead,
-            decay_s=config.parked_decay_ms / 1000,
-            usages=list(usages.values()),
-            block_tokens=vllm_config.cache_config.block_size
-            / max(1, len(kv_cache_configs[0].kv_cache_groups)),
-            start_wait_s=config.start_wait_ms / 1000,
-        )
-    except MemoryError as error:
-        state = "; ".join(
-            f"{account.ledger.path}: {format_size(account.ledger.available())} free, held by "
-            + (", ".join(f"{m.name} {format_size(m.leased)}" for m in account.ledger.members()))
-            for account in accounts.values()
-        )
-        raise ConfigError(
-            f"kvcached cannot start: {error} ({state}). Free memory on the device, or lower "
-            "KVCACHED_HEADROOM"
-        ) from None
-
-
-def _join(ledger: Ledger, config: Config, static_bytes: int) -> Member:
-    try:
-        return ledger.join(
-            config.name,
-            static_bytes,
-            guarantee=config.guarantee.resolve(ledger.capacity) or 0,
-            limit=config.limit.resolve(ledger.capacity),
-            weight=config.weight,
-            priority=config.priority,
-            cache_limit=config.prefix_cache.resolve(ledger.capacity),
-        )
-    except (LedgerRefused, ValueError) as error:
-        raise ConfigError(f"kvcached cannot start: {error}") from None
+    joined = join(
+        config,
+        shapes,
+        devices,
+        block_tokens=vllm_config.cache_config.block_size
+        / max(1, len(kv_cache_configs[0].kv_cache_groups)),
+        zero_recycled=[bool(c.has_mamba_layers) for c in kv_cache_configs],
+        logger=logger,
+    )
+    for kv_cache_config, binding in zip(kv_cache_configs, joined.bindings, strict=True):
+        if binding is not None:
+            kv_cache_config.elastic = binding
+    return joined.scheduler
 
 
 def _shape(kv_cache_config: Any, device: RankDevice, config: Config) -> ArenaShape | None:

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/operators.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -20,6 +22,16 @@ namespace kvc {
 namespace {
 
 using Pairs = std::vector<std::pair<int64_t, int64_t>>;
+
+using Array = nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>;
+
+Array array(std::unique_ptr<std::vector<int32_t>> values) {
+  std::vector<int32_t>* owned = values.release();
+  const nb::capsule owner(owned, [](void* p) noexcept {
+    delete static_cast<std::vector<int32_t>*>(p);
+  });
+  return Array(owned->data(), {owned->size()}, owner);
+}
 
 Pairs pairs(const std::vector<BlockRange>& ranges) {
   Pairs out;
@@ -144,6 +156,28 @@ void bind_blocks(nb::module_& m) {
             check(self.free(blocks));
           },
           "blocks"_a, "Make live blocks clean; blocks[0] is the first to be reused.")
+      .def(
+          "allocate_array",
+          [](BlockAllocator& self, int64_t n) {
+            auto out = std::make_unique<std::vector<int32_t>>();
+            check(self.allocate(n, *out));
+            return array(std::move(out));
+          },
+          "n"_a, "As allocate, into a numpy array of int32.")
+      .def(
+          "free_array",
+          [](BlockAllocator& self, const nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig,
+                                                     nb::device::cpu>& blocks) {
+            check(self.free({blocks.data(), blocks.shape(0)}));
+          },
+          "blocks"_a, "As free, from an array of int32.")
+      .def(
+          "live_array",
+          [](const BlockAllocator& self) {
+            auto out = std::make_unique<std::vector<int32_t>>(self.live_blocks());
+            return array(std::move(out));
+          },
+          "Every live block but the null block, ascending, as a numpy array of int32.")
       .def(
           "emptied_by",
           [](const BlockAllocator& self, const std::vector<int32_t>& candidates, int64_t pages) {

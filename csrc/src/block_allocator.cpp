@@ -310,6 +310,15 @@ void BlockAllocator::leave_bucket(int32_t page) {
   if (buckets_.empty(bucket)) used_buckets_.clear(bucket);
 }
 
+std::vector<int32_t> BlockAllocator::live_blocks() const {
+  std::vector<int32_t> blocks;
+  blocks.reserve(static_cast<std::size_t>(num_live() - 1));
+  for (std::size_t i = 1; i < state_.size(); ++i) {
+    if (state_[i] == State::live) blocks.push_back(static_cast<int32_t>(i));
+  }
+  return blocks;
+}
+
 std::vector<int32_t> BlockAllocator::free_order() const {
   std::vector<int32_t> order;
   order.reserve(num_clean_);

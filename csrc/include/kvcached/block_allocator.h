@@ -73,6 +73,8 @@ class BlockAllocator {
   const Geometry& geometry() const { return maps_[0].geometry(); }
   // Live blocks that touch a primary page.
   int64_t live_on_page(int64_t page) const { return pages_[page].live; }
+  // Every live block but the null block, ascending. O(blocks).
+  std::vector<int32_t> live_blocks() const;
   // Every clean block, in the order allocate would hand them out. For debugging: O(clean blocks).
   std::vector<int32_t> free_order() const;
 

@@ -1,0 +1,468 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the SGLang patches call.
+
+Nothing here imports SGLang or torch: the patches hand their objects in.  Every
+rank of SGLang has a scheduler and a worker in one process; the first rank
+plans each pass, and all of them carry it out (see lockstep.py).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from ._core import Backend, BlockAllocator
+from .config import Config, ConfigError
+from .devices import describe, open_backend, page_size
+from .join import join
+from .lockstep import Leader, Load, PassOrder, Replica
+from .plan import ArenaShape, RankDevice, StepOps, WorkerBinding
+from .scheduler import CachedBlocks, ElasticScheduler, geometry_of
+from .static_memory import StaticMemory, follow_static
+from .tree_eviction import nodes_to_evict
+from .waker import Waker
+from .worker import WorkerArena
+
+logger = logging.getLogger("sglang.kvcached")
+
+__all__ = ["PassOrder", "SglangRank", "check_supported", "nodes_to_evict"]
+
+DEFAULT_PAGE_SIZE = 16
+"""Tokens. At SGLang's own default, 1, a decode step takes neighbouring slots for all its requests,
+and a page of memory is empty only when the last of them is gone."""
+
+_LOOK_S = 0.02
+_PAUSE_MS = 2
+_STRIDED_BACKENDS = frozenset({"fa3", "flashinfer", "torch_native", "triton"})
+"""Attention backends that find a token's row by the tensor's own stride."""
+
+
+class Ranks(Protocol):
+    """The ranks of one engine that schedule alike, and how they share a value."""
+
+    rank: int
+    size: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+
+    def broadcast(self, value: Any) -> Any:
+        """The first rank's value."""
+
+
+def load_config(server_args: Any) -> Config:
+    """The settings of this engine: environment, then ``--kvcached-config``."""
+    text = server_args.kvcached_config
+    try:
+        given = json.loads(text) if text else {}
+    except ValueError as error:
+        raise ConfigError(f"--kvcached-config is not JSON ({error}): {text!r}") from None
+    if not isinstance(given, dict):
+        raise ConfigError(f"--kvcached-config must be a JSON object, not {text!r}")
+    return Config.load(given)
+
+
+def check_supported(server_args: Any) -> None:
+    """Refuse what an elastic KV cache cannot do yet, at start, with the remedy.
+
+    Raises:
+        ConfigError: one line per obstacle.
+    """
+    load_config(server_args)
+    a = server_args
+    whole = "addresses the whole KV cache, which is mapped only in part"
+    obstacles = {
+        f"device {a.device!r} has no page backend; use cuda or cpu": a.device
+        not in ("cuda", "cpu"),
+        f"disaggregation {whole}; drop --disaggregation-mode": a.disaggregation_mode != "null",
+        f"the hierarchical cache {whole}; drop --enable-hierarchical-cache": (
+            a.enable_hierarchical_cache
+        ),
+        f"LMCache {whole}; drop --enable-lmcache": a.enable_lmcache,
+        "HiSparse keeps pools of its own; drop --enable-hisparse": a.enable_hisparse,
+        "speculative decoding has a second KV cache; drop --speculative-algorithm": (
+            a.speculative_algorithm is not None
+        ),
+        "the memory saver pauses the whole KV cache; drop --enable-memory-saver": (
+            a.enable_memory_saver
+        ),
+        "unified memory lays out the KV cache itself; drop --enable-unified-memory": (
+            a.enable_unified_memory
+        ),
+        "kvcached's layout is page-major already; drop --enable-page-major-kv-layout": (
+            a.enable_page_major_kv_layout
+        ),
+        "mixed chunks allocate unchecked; drop --enable-mixed-chunk": a.enable_mixed_chunk,
+        "stages of a pipeline schedule apart; use --pp-size 1": a.pp_size > 1,
+        "DP attention schedules apart on the same GPUs; drop --enable-dp-attention": (
+            a.enable_dp_attention
+        ),
+        "context parallelism writes packed rows; use --dcp-size 1 and --attn-cp-size 1": (
+            a.dcp_size > 1 or a.attn_cp_size > 1
+        ),
+        "engines over several nodes have no common ledger; use --nnodes 1": a.nnodes > 1,
+        "passes may not be left out; use --scheduler-recv-interval 1": (
+            a.scheduler_recv_interval > 1
+        ),
+        "PD multiplexing has a loop of its own; drop --enable-pdmux": a.enable_pdmux,
+        "diffusion models allocate unchecked; drop --dllm-algorithm": a.dllm_algorithm is not None,
+        f"KV cache type {a.kv_cache_dtype} has a second buffer; use auto or fp8": (
+            str(a.kv_cache_dtype).startswith("fp4")
+        ),
+        "there is no KV cache to be elastic; drop --prefill-only-disable-kv-cache": (
+            a.prefill_only_disable_kv_cache
+        ),
+        "SGLANG_USE_HND_KVCACHE has another layout; unset it": _is_set("SGLANG_USE_HND_KVCACHE"),
+        "another prefix tree; unset SGLANG_EXPERIMENTAL_CPP_RADIX_TREE and "
+        "SGLANG_ENABLE_UNIFIED_RADIX_TREE": _is_set("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE")
+        or _is_set("SGLANG_ENABLE_UNIFIED_RADIX_TREE"),
+    }
+    _refuse([text for text, stands in obstacles.items() if stands])
+
+
+def check_backends(names: Sequence[str | None]) -> None:
+    """Refuse attention backends that do not read the KV cache by its stride.
+
+    Raises:
+        ConfigError: names them and the way out.
+    """
+    wrong = sorted({str(name) for name in names if name is not None} - _STRIDED_BACKENDS)
+    if wrong:
+        _refuse(
+            [
+                f"attention backend {', '.join(wrong)} does not read tokens by their stride; pass "
+                "--attention-backend triton, fa3 or flashinfer (torch_native on the CPU)"
+            ]
+        )
+
+
+def check_model(*, sliding_window: bool, recurrent: bool, sparse: bool, fp8_mla: bool) -> None:
+    """Refuse models whose KV cache is not one pool of equal tokens.
+
+    Args:
+        sliding_window: some layers keep a window in a pool of their own.
+        recurrent: some layers keep states (Mamba, linear attention).
+        sparse: an index beside the KV cache, or compressed caches.
+        fp8_mla: latent attention whose kernels convert the whole cache before they read it.
+
+    Raises:
+        ConfigError: names what stands in the way.
+    """
+    obstacles = {
+        "sliding windows in a pool of their own; pass --disable-hybrid-swa-memory": sliding_window,
+        "recurrent layers, whose states are not elastic yet; use another model": recurrent,
+        "sparse attention, whose index is not elastic yet; use another model": sparse,
+        "an fp8 cache of latent attention is read whole; use --kv-cache-dtype auto": fp8_mla,
+    }
+    _refuse([text for text, stands in obstacles.items() if stands])
+
+
+def _refuse(reasons: Sequence[str]) -> None:
+    if reasons:
+        raise ConfigError(
+            "kvcached was asked for (ENABLE_KVCACHED or --enable-kvcached) and cannot run:\n"
+            + "\n".join(f"  - {reason}" for reason in reasons)
+            + "\nOr switch it off: unset ENABLE_KVCACHED."
+        )
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
+class SglangRank:
+    """One rank: its device before the KV cache exists, then its arena and its share of each pass.
+
+    Args:
+        server_args: the engine's arguments.
+        ordinal: device ordinal as this process sees it; ignored on the CPU.
+        ranks: the ranks that schedule alike; all make theirs at the same time.
+        own_bytes: held on the device now: the weights.
+        is_rocm: whether a ``cuda`` device is a ROCm device.
+    """
+
+    def __init__(
+        self,
+        server_args: Any,
+        ordinal: int,
+        ranks: Ranks,
+        *,
+        own_bytes: int = 0,
+        is_rocm: bool = False,
+    ) -> None:
+        self.config = load_config(server_args)
+        self.kind = "host" if server_args.device == "cpu" else "hip" if is_rocm else "cuda"
+        self.order = PassOrder()
+        self._backend: Backend = open_backend(self.kind, ordinal, self.config)
+        self._ranks = ranks
+        self._arena: WorkerArena | None = None
+        self._static: StaticMemory | None = None
+        self._leader: Leader | None = None
+        self._replica: Replica | None = None
+        self._waker: Waker | None = None
+        self._block_tokens = 1
+        self._engine: Any = None
+        self._looked_at = 0.0
+        self._heard = -1
+        self.virtual_bytes, self._static_bytes = self._size(
+            server_args.mem_fraction_static, own_bytes
+        )
+        """The KV bytes every rank may ever have: virtual, so they cost nothing."""
+        self.land: Callable[[], object] = lambda: None
+        """Hands freed blocks over to the allocator; called before every pass, on every rank."""
+
+    # -- start ----------------------------------------------------------------
+
+    def _size(self, fraction: float, own_bytes: int) -> tuple[int, int]:
+        if self.kind == "host":
+            most, static = self.config.capacity // self._ranks.size, 0
+        else:
+            # As on an empty device: neighbours give memory back. What the engine leaves for
+            # activations and graphs is counted as its own.
+            total = self._backend.memory_info()[1]
+            most = int(total * fraction) - own_bytes
+            static = own_bytes + int(total * (1 - fraction))
+        if self.config.max_kv is not None:
+            most = min(most, self.config.max_kv)
+        return min(self._ranks.gather(most)), static
+
+    def open(self, num_blocks: int, block_bytes: int, block_tokens: int) -> Any:
+        """Join the ledgers and reserve the arena; every rank calls this at the same time.
+
+        Returns:
+            The arena as a DLPack object: int8, shape ``[num_blocks * block_bytes]``.
+
+        Raises:
+            ConfigError: the memory is not there, or the policy refuses; on every rank.
+        """
+        device = describe(self._backend, self.kind, self.config, self._static_bytes)
+        shape = ArenaShape(num_blocks, block_bytes, page_size(device, self.config))
+        found: list[tuple[RankDevice, ArenaShape]] = self._ranks.gather((device, shape))
+        self._block_tokens = block_tokens
+        bindings: list[WorkerBinding] | str = ""
+        if self._ranks.rank == 0:
+            bindings = self._join(found, block_tokens)
+        bindings = self._ranks.broadcast(bindings)
+        if isinstance(bindings, str):
+            raise ConfigError(bindings)
+        self._arena = WorkerArena(self._backend, bindings[self._ranks.rank])
+        if self.kind != "host":
+            self._static = follow_static(self._arena, device)
+        if self._leader is None:
+            distinct = sorted({s for _, s in found}, key=lambda s: s.block_bytes, reverse=True)
+            geometries = [geometry_of(s) for s in distinct]
+            self._replica = Replica(BlockAllocator(num_blocks, geometries))
+        return self._arena.raw_tensor()
+
+    def _join(
+        self, found: list[tuple[RankDevice, ArenaShape]], block_tokens: int
+    ) -> list[WorkerBinding] | str:
+        try:
+            joined = join(
+                self.config,
+                [shape for _, shape in found],
+                [device for device, _ in found],
+                block_tokens=block_tokens,
+                zero_recycled=[False] * len(found),
+                logger=logger,
+            )
+        except ConfigError as error:
+            return str(error)  # for the other ranks, which wait for an answer
+        self._leader = Leader(joined.scheduler, self._ranks.size)
+        return [binding for binding in joined.bindings if binding is not None]
+
+    @property
+    def allocator(self) -> BlockAllocator:
+        """This rank's block allocator; block 0 is the padding page."""
+        if self._leader is not None:
+            return self._leader.scheduler.allocator
+        assert self._replica is not None
+        return self._replica.allocator
+
+    @property
+    def scheduler(self) -> ElasticScheduler | None:
+        """The scheduler half, on the first rank."""
+        return self._leader.scheduler if self._leader is not None else None
+
+    @property
+    def blocks_per_page(self) -> int:
+        """Blocks of a page of this rank, 1 if they are larger."""
+        geometry = self.allocator.geometries[0]
+        return max(1, int(geometry.page_bytes // geometry.block_bytes))
+
+    def attach(self, engine: Any) -> None:
+        """The engine's scheduler, once it has its queues."""
+        self._engine = engine
+
+    def set_cache(self, cache: CachedBlocks) -> None:
+        """The engine's prefix cache, once it has one."""
+        if self._leader is not None:
+            self._leader.scheduler.queue = cache
+        elif self._replica is not None:
+            self._replica.cache = cache
+
+    # -- every pass -----------------------------------------------------------
+
+    def send(self, received: list[Any] | None) -> list[Any] | None:
+        """On the first rank: plan the pass, and add what the others need to know.
+
+        Args:
+            received: requests that came in for this pass; None on the other ranks.
+        """
+        if self._leader is None or received is None:
+            return received
+        load = load_of(self._engine, received, self._block_tokens)
+        if not self._look() and load is None:
+            return received
+        self.land()
+        before = self.order
+        self.order, ops = self._leader.plan(load or _NOTHING)
+        self._apply(ops)
+        if self._ranks.size > 1 and (self.order.acts or replace(before, acts=()) != self.order):
+            return [*received, self.order]
+        return received
+
+    def receive(self, received: list[Any]) -> list[Any]:
+        """On every rank: take the order out of what was received, and carry it out."""
+        if not received or not isinstance(received[-1], PassOrder):
+            return received
+        if self._replica is not None:
+            self.land()
+            self.order = received[-1]
+            self._apply(self._replica.repeat(self.order))
+        return received[:-1]
+
+    def _apply(self, ops: StepOps) -> None:
+        assert self._arena is not None
+        self._arena.apply(ops)
+        if self._static is not None:
+            self._static.refresh(self._arena.committed_bytes)
+
+    def _look(self) -> bool:
+        """Whether an idle engine has something to do, looked at with news or now and then."""
+        assert self._leader is not None
+        if self._waker is not None:
+            self._waker.drain()
+        scheduler = self._leader.scheduler
+        now = time.monotonic()
+        bell = scheduler.accounts.bell_count()
+        if bell == self._heard and now - self._looked_at < _LOOK_S:
+            return False
+        self._heard, self._looked_at = bell, now
+        return scheduler.attend()
+
+    def pause(self) -> None:
+        """Requests wait and nothing can run: wait a moment for memory."""
+        if self._leader is not None:
+            self._leader.scheduler.pause(_PAUSE_MS)
+
+    def wake_fd(self) -> int | None:
+        """A descriptor that is readable when a sleeping engine has something to do."""
+        if self._leader is None:
+            return None
+        self._waker = Waker()
+        self._leader.scheduler.watch(self._waker.wake)
+        return self._waker.fd
+
+    def close(self) -> None:
+        """Leave the ledgers and release the arena."""
+        if self._leader is not None:
+            self._leader.scheduler.close()
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+
+
+_NOTHING = Load((), (), 0, 0, 0)
+_CLIP_NEW_TOKENS = int(os.environ.get("SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION", "4096"))
+"""As SGLang's own admission counts."""
+
+
+@dataclass(slots=True)
+class _Tokens:
+    """A request of SGLang's, in the words of demand.py."""
+
+    num_tokens: int
+    num_computed_tokens: int
+
+
+class _Requests(Sequence[_Tokens]):
+    """SGLang's requests, looked at only if somebody asks: mostly nobody does."""
+
+    def __init__(self, requests: Sequence[Any]) -> None:
+        self._requests = requests
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __getitem__(self, index: Any) -> Any:
+        request = self._requests[index]
+        if isinstance(index, slice):
+            return _Requests(request)
+        return _Tokens(_length(request), getattr(request, "kv_committed_len", 0))
+
+    def __iter__(self) -> Iterator[_Tokens]:
+        return (self[index] for index in range(len(self._requests)))
+
+
+def _length(request: Any) -> int:
+    ids = getattr(request, "origin_input_ids", None)
+    if ids is None:  # came in just now
+        return len(getattr(request, "input_ids", None) or ())
+    return len(ids) + len(request.output_ids)
+
+
+def load_of(scheduler: Any, received: Sequence[Any], block_tokens: int) -> Load | None:
+    """What the engine's scheduler is about to run; None if it is idle.
+
+    Args:
+        scheduler: SGLang's.
+        received: what came in for this pass and is not in its queue yet.
+        block_tokens: tokens of one block.
+    """
+    running = list(scheduler.running_batch.reqs)
+    last = scheduler.last_batch
+    if last is not None and last is not scheduler.running_batch and last.forward_mode.is_extend():
+        running += last.reqs
+    queued = scheduler.waiting_queue
+    new = [request for request in received if getattr(request, "input_ids", None)]
+    chunked = scheduler.chunked_req
+    if not running and not queued and not new and chunked is None and last is None:
+        return None
+    decode = sum(request.kv_committed_len % block_tokens == 0 for request in running)
+    # As many tokens as one prefill may have, and the page each of its requests may leave unfilled.
+    room = scheduler.max_prefill_tokens
+    if scheduler.chunked_prefill_size is not None:
+        room = min(room, scheduler.chunked_prefill_size)
+    waiting = [*queued, *new]
+    prefill = 0
+    if chunked is not None:
+        left = min(room, max(0, _length(chunked) - chunked.kv_committed_len))
+        prefill, room = -(-left // block_tokens) + 1, room - left
+    for request in waiting:
+        if room <= 0:
+            break
+        tokens = min(_length(request), room)
+        if scheduler.chunked_prefill_size is None and not prefill:
+            tokens = _length(request)  # the first is admitted whatever its length
+        prefill += -(-tokens // block_tokens) + 1
+        room -= tokens
+    wanted = decode + prefill
+    if waiting:
+        # The engine admits the first once all it may generate could be had, and what those that
+        # run may still generate, in part.
+        ratio = scheduler.new_token_ratio_tracker.current
+        tokens = _length(waiting[0]) + _to_come(waiting[0]) + 2 * block_tokens
+        tokens += int(sum(_to_come(request) for request in running) * ratio)
+        wanted = max(wanted, -(-tokens // block_tokens))
+    return Load(_Requests(running), _Requests(waiting), decode, decode + prefill, wanted)
+
+
+def _to_come(request: Any) -> int:
+    most = request.sampling_params.max_new_tokens or 0
+    return max(0, min(most - len(getattr(request, "output_ids", ())), _CLIP_NEW_TOKENS))
