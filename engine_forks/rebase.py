@@ -31,7 +31,7 @@ def rebase(pin: Pin, archive: Path, onto: Path, tree: Path) -> list[Outcome]:
     apply(pin, archive, tree)
     # From here git knows what each patch was made on, also where an earlier one changed that file.
     git.git(tree, "reset", "--quiet", "--hard", git.BASE_TAG)
-    new_base = _replace_content(tree, onto)
+    new_base = _replace_content(tree, onto, pin.package)
     outcomes = [_try(tree, patch) for patch in patches]
     git.git(tree, "reset", "--quiet", "--hard", new_base)
     try:
@@ -44,10 +44,10 @@ def rebase(pin: Pin, archive: Path, onto: Path, tree: Path) -> list[Outcome]:
     return outcomes
 
 
-def _replace_content(tree: Path, onto: Path) -> str:
+def _replace_content(tree: Path, onto: Path, package: str) -> str:
     """Commits the other release on top, so that git knows both sides of a three-way merge."""
     new = tree.with_name(f"{tree.name}.new")
-    unpack(onto, new)
+    unpack(onto, new, package)
     try:
         for path in tree.iterdir():
             if path.name != ".git":
