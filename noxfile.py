@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything CI runs, by name. `nox -s tests` is the whole set; `nox -l` lists the parts.
 
-The stock and the patched engine lie in a folder each and are chosen by PYTHONPATH, so that torch
-and the other dependencies are installed once.
+The stock and the patched engines lie in a folder each and are chosen by PYTHONPATH, so that torch
+and the other dependencies are installed once. They are those of the first engine; what a further
+one needs in other versions lies in a folder too.
 """
 
 from __future__ import annotations
 
 import ctypes.util
+import json
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nox
@@ -25,7 +27,6 @@ nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["tests"]
 
 REPO = Path(__file__).resolve().parent
-PIN = "vllm-0.24.0"
 BUILD = ["cmake>=3.22", "ninja", "nanobind>=2.4", "scikit-build-core>=0.11"]
 # Exact, since each release of these finds other things.
 LINT = ["ruff==0.17.5", "mypy==2.4.1", "clang-format==23.1.5"]
@@ -37,19 +38,50 @@ JOBS = str(min(os.cpu_count() or 1, 8))
 
 
 @dataclass(frozen=True)
-class Engines:
-    """The two engines of one session, each in a folder of its own."""
+class Fork:
+    """A pinned engine, and what the sessions must know of it."""
 
+    pin: str
+    variables: str
+    """How the variables begin that tell the tests its folders."""
+    probe: str
+    """Imports it as `engine`, and fails on another device than {variant}."""
+    cpu: Mapping[str, str] = field(default_factory=dict)
+    """What it needs in the environment to run on a CPU."""
+
+
+VLLM = Fork(
+    "vllm-0.24.0",
+    "ENGINE",
+    "import vllm as engine; from vllm.platforms import current_platform as p;"
+    "assert p.is_{variant}(), p",
+)
+SGLANG = Fork(
+    "sglang-0.5.15.post1",
+    "SGLANG",
+    "import sglang as engine; from sglang.srt import utils; assert utils.is_{variant}()",
+    {"SGLANG_USE_CPU_ENGINE": "1"},
+)
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The stock and the patched engine of one fork, each in a folder of its own."""
+
+    fork: Fork
     archive: Path
     stock: Path
     patched: Path
+    deps: Path | None
+    """What they need that the environment lacks, or has in another version."""
+
+    def folders(self) -> dict[str, str]:
+        found = {"STOCK": self.stock, "PATCHED": self.patched, "DEPS": self.deps}
+        return {f"{self.fork.variables}_{name}": str(path) for name, path in found.items() if path}
 
     def environment(self, engine: Path) -> dict[str, str]:
-        return {
-            "PYTHONPATH": str(engine),
-            "ENGINE_STOCK": str(self.stock),
-            "ENGINE_PATCHED": str(self.patched),
-        }
+        path = [str(folder) for folder in (engine, self.deps) if folder]
+        return {"PYTHONPATH": os.pathsep.join(path), **self.folders()}
 
 
 @nox.session
@@ -60,10 +92,11 @@ def tests(session: nox.Session) -> None:
     _cpp(session)
     _core(session)
     _check_patches(session)
-    engines = _engines(session)
+    vllm = _engines(session, VLLM)
+    sglang = _engines(session, SGLANG)
     _unit(session)
-    _engine_tests(session, engines)
-    _e2e(session, engines, *session.posargs)
+    _engine_tests(session, vllm)
+    _e2e(session, vllm, sglang, *session.posargs)
 
 
 @nox.session
@@ -92,15 +125,16 @@ def engine_tests(session: nox.Session) -> None:
     """The engine's own tests on the stock and on the patched engine."""
     _system_packages(session)
     _core(session)
-    _engine_tests(session, _engines(session), *session.posargs)
+    _engine_tests(session, _engines(session, VLLM), *session.posargs)
 
 
 @nox.session
 def e2e(session: nox.Session) -> None:
-    """The patched engine serving a tiny model; arguments go to pytest."""
+    """The patched engines serving a tiny model; arguments go to pytest."""
     _system_packages(session)
     _core(session)
-    _e2e(session, _engines(session), *session.posargs)
+    vllm = _engines(session, VLLM)
+    _e2e(session, vllm, _engines(session, SGLANG), *session.posargs)
 
 
 @nox.session
@@ -122,7 +156,7 @@ def demo(session: nox.Session) -> None:
     """Two engines sharing one machine's memory, on its GPU if there is one."""
     _system_packages(session)
     _core(session)
-    engines = _engines(session, "cuda" if Path("/dev/nvidiactl").exists() else "cpu")
+    engines = _engines(session, VLLM, "cuda" if Path("/dev/nvidiactl").exists() else "cpu")
     env = engines.environment(engines.patched)
     session.run("python", "-m", "benchmarks.demo", *session.posargs, env=env)
 
@@ -209,27 +243,43 @@ def _check_patches(session: nox.Session) -> None:
         _forks(session, "check", pin.stem, "--variant", "cpu")
 
 
-def _engines(session: nox.Session, variant: str = "cpu") -> Engines:
+def _engines(session: nox.Session, fork: Fork, variant: str = "cpu") -> Engines:
     """Installs what the engine needs, and the stock and the patched engine beside each other."""
-    tmp = Path(session.create_tmp()).resolve()
+    tmp = Path(session.create_tmp()).resolve() / fork.pin
+    tmp.mkdir(exist_ok=True)
     wanted = tmp / "requirements.txt"
-    wanted.write_text(_forks(session, "requirements", PIN, "--variant", variant, "--tests"))
-    session.install("--requirement", str(wanted))
-    archive, released = _forks(session, "fetch", PIN, "source", variant).splitlines()
+    wanted.write_text(_forks(session, "requirements", fork.pin, "--variant", variant, "--tests"))
+    deps = None if fork is VLLM else tmp / "deps"
+    if deps is None:
+        session.install("--requirement", str(wanted))
+    else:
+        _install_beside(session, wanted, deps)
+    archive, released = _forks(session, "fetch", fork.pin, "source", variant).splitlines()
     options = ("--variant", variant, "--relax-torch", "--out", str(tmp / "dist"))
-    patched = _forks(session, "build", PIN, *options).strip()
-    engines = Engines(Path(archive), tmp / "engines" / "stock", tmp / "engines" / "patched")
+    patched = _forks(session, "build", fork.pin, *options).strip()
+    engines = Engines(fork, Path(archive), tmp / "stock", tmp / "patched", deps)
     for source, target in ((released, engines.stock), (patched, engines.patched)):
         shutil.rmtree(target, ignore_errors=True)
         session.install("--no-deps", "--target", str(target), source)
         # Not the other engine, and for this machine: either mistake would make tests idle.
         code = (
-            "import vllm; from vllm.platforms import current_platform as p;"
-            f"assert vllm.__file__.startswith({str(target)!r}), vllm.__file__;"
-            f"assert p.is_{variant}(), p; print('engine:', vllm.__version__)"
+            f"{fork.probe.format(variant=variant)};"
+            f"assert engine.__file__.startswith({str(target)!r}), engine.__file__;"
+            "print('engine:', engine.__version__)"
         )
-        session.run("python", "-c", code, env=engines.environment(target))
+        env = engines.environment(target) | (fork.cpu if variant == "cpu" else {})
+        session.run("python", "-c", code, env=env)
     return engines
+
+
+def _install_beside(session: nox.Session, wanted: Path, target: Path) -> None:
+    """Installs into a folder what pip would add to the environment, or replace in it."""
+    report = wanted.with_name("report.json")
+    session.install("--dry-run", "--report", str(report), "--requirement", str(wanted))
+    found = [entry["metadata"] for entry in json.loads(report.read_text())["install"]]
+    shutil.rmtree(target, ignore_errors=True)
+    names = [f"{entry['name']}=={entry['version']}" for entry in found]
+    session.install("--no-deps", "--target", str(target), *names)
 
 
 def _unit(session: nox.Session, *args: str) -> None:
@@ -239,14 +289,14 @@ def _unit(session: nox.Session, *args: str) -> None:
 def _engine_tests(session: nox.Session, engines: Engines, *args: str) -> None:
     variants = f"stock={engines.stock},off={engines.patched},on={engines.patched}"
     out = Path(session.create_tmp()).resolve() / "engine-tests"
-    command = ("--pin", PIN, "--source", str(engines.archive), "--variant", variants)
+    command = ("--pin", engines.fork.pin, "--source", str(engines.archive), "--variant", variants)
     session.run(
         *("python", "-m", "ci.engine_tests", *command, "--jobs", JOBS, "--out", str(out)), *args
     )
 
 
-def _e2e(session: nox.Session, engines: Engines, *args: str) -> None:
-    env = engines.environment(engines.patched)
+def _e2e(session: nox.Session, vllm: Engines, sglang: Engines, *args: str) -> None:
+    env = vllm.environment(vllm.patched) | sglang.folders()
     session.run("python", "-m", "pytest", "tests/e2e", *args, env=env)
 
 

@@ -15,8 +15,9 @@ from engine_forks.apply import apply
 from engine_forks.errors import ForkError
 from engine_forks.export import export
 from engine_forks.fetch import default_cache, fetch
-from engine_forks.pin import REPO, Pin, load_pin, pin_names
+from engine_forks.pin import REPO, Artifact, Pin, load_pin, pin_names
 from engine_forks.requirements import requirements
+from engine_forks.wheel import wheel_identity
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fetch(pin: Pin, args: argparse.Namespace) -> int:
     wanted = [pin.source] if "source" in args.what else []
-    wanted += [pin.wheel(name, args.machine) for name in args.what if name != "source"]
+    wanted += [_wheel(pin, name, args) for name in args.what if name != "source"]
     for artifact in wanted:
         print(fetch(artifact, args.cache))
     return 0
@@ -51,7 +52,7 @@ def _export(pin: Pin, args: argparse.Namespace) -> int:
 
 
 def _check(pin: Pin, args: argparse.Namespace) -> int:
-    wheels = [fetch(pin.wheel(name, args.machine), args.cache) for name in args.variant]
+    wheels = {name: fetch(_wheel(pin, name, args), args.cache) for name in args.variant}
     report = check_verb.check(pin, fetch(pin.source, args.cache), wheels, args.root)
     print(f"{'existing':>8} {'new':>6}  lines changed by")
     for size in report.sizes:
@@ -64,7 +65,7 @@ def _check(pin: Pin, args: argparse.Namespace) -> int:
 
 def _rebase(pin: Pin, args: argparse.Namespace) -> int:
     onto = args.archive or fetch(load_pin(args.onto, args.root).source, args.cache)
-    tree = args.tree or _default_tree(args.onto or onto.name.removesuffix(".tar.gz"))
+    tree = args.tree or _default_tree(args.onto or _release(onto))
     outcomes = rebase_verb.rebase(pin, fetch(pin.source, args.cache), onto, tree)
     for outcome in outcomes:
         print(f"{outcome.how:8}  {outcome.name}  {' '.join(outcome.files)}".rstrip())
@@ -85,7 +86,7 @@ def _build(pin: Pin, args: argparse.Namespace) -> int:
             "--from-source is for the cuda variant as it is: the engine's own build takes compiled"
             " files only from that wheel. Leave --from-source out for another variant."
         )
-    released = fetch(pin.wheel(args.variant, args.machine), args.cache)
+    released = fetch(_wheel(pin, args.variant, args), args.cache)
     if args.from_source:
         archive = fetch(pin.source, args.cache)
         isolated = not args.no_build_isolation
@@ -97,10 +98,22 @@ def _build(pin: Pin, args: argparse.Namespace) -> int:
 
 
 def _requirements(pin: Pin, args: argparse.Namespace) -> int:
-    released = fetch(pin.wheel(args.variant, args.machine), args.cache)
-    wanted = requirements(pin, released) + (list(pin.test_requires) if args.tests else [])
+    released = fetch(_wheel(pin, args.variant, args), args.cache)
+    wanted = requirements(pin, args.variant, released) + (
+        list(pin.test_requires) if args.tests else []
+    )
     print("\n".join(wanted))
     return 0
+
+
+def _wheel(pin: Pin, variant: str, args: argparse.Namespace) -> Artifact:
+    return pin.wheel(variant, args.machine, args.python)
+
+
+def _release(archive: Path) -> str:
+    if archive.suffix == ".whl":
+        return "-".join(wheel_identity(archive)[:2])
+    return archive.name.removesuffix(".tar.gz")
 
 
 def _tree(pin: Pin, args: argparse.Namespace) -> Path:
@@ -128,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def machine(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--machine", help="x86_64 or aarch64 (default: this machine)")
+        sub.add_argument("--python", help="a wheel's tag, e.g. cp312 (default: this Python)")
 
     def tree(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--tree", type=Path, help="work tree (default: build/forks/<pin>)")
@@ -152,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("rebase", _rebase, "try the series on another release")
     target = sub.add_mutually_exclusive_group(required=True)
     target.add_argument("--onto", metavar="PIN", help="another pinned release")
-    target.add_argument("--archive", type=Path, help="a release's source archive, not pinned yet")
+    target.add_argument("--archive", type=Path, help="a release's source, not pinned yet")
     tree(sub)
 
     sub = verb("build", _build, "make the patched wheel")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
 from engine_forks import git
@@ -47,20 +48,43 @@ def am(tree: Path, *patches: Path, three_way: bool = False) -> None:
 
 def make_base(pin: Pin, archive: Path, tree: Path) -> str:
     """Unpacks the pristine release into a new repository with one commit, tagged `base`."""
-    unpack(archive, tree)
+    unpack(archive, tree, pin.package)
     git.init(tree)
     base = git.commit_all(tree, f"{pin.engine} {pin.version} as released")
     git.git(tree, "tag", git.BASE_TAG)
     return base
 
 
-def unpack(archive: Path, tree: Path) -> None:
-    """Unpacks a source archive without its top folder; `tree` must not exist."""
+def unpack(archive: Path, tree: Path, package: str) -> None:
+    """Unpacks the source of a release: an archive, or a wheel's package. `tree` must not exist."""
     tree.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=tree.parent, prefix=".unpack-") as scratch:
-        with tarfile.open(archive) as tar:
-            tar.extractall(scratch, filter="data")
-        tops = list(Path(scratch).iterdir())
-        if len(tops) != 1 or not tops[0].is_dir():
-            raise ForkError(f"{archive.name} is not a source archive with one top folder")
-        tops[0].rename(tree)
+        unpacked = Path(scratch) / "tree"
+        unpacked.mkdir()
+        if archive.suffix == ".whl":
+            _unpack_wheel(archive, unpacked, package)
+            unpacked.rename(tree)
+        else:
+            _unpack_archive(archive, unpacked).rename(tree)
+
+
+def _unpack_archive(archive: Path, folder: Path) -> Path:
+    """Returns the archive's top folder."""
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    tops = list(folder.iterdir())
+    if len(tops) != 1 or not tops[0].is_dir():
+        raise ForkError(f"{archive.name} is not a source archive with one top folder")
+    return tops[0]
+
+
+def _unpack_wheel(wheel: Path, folder: Path, package: str) -> None:
+    """Unpacks what patches may change. What is compiled differs by machine, and no source does."""
+    with zipfile.ZipFile(wheel) as content:
+        for info in content.infolist():
+            if info.filename.startswith(f"{package}/") and not info.filename.endswith((".so", "/")):
+                path = Path(content.extract(info, folder))
+                # zipfile leaves the mode to the umask.
+                path.chmod(0o755 if info.external_attr >> 16 & 0o100 else 0o644)
+    if not (folder / package).is_dir():
+        raise ForkError(f"{wheel.name} has no {package}/")

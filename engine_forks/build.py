@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 from engine_forks.apply import apply
@@ -29,18 +30,9 @@ def build(pin: Pin, variant: str, released: Path, out: Path, *, relax_torch: boo
     with zipfile.ZipFile(released) as wheel:
         current = files.get(pin.version_file)
         content = wheel.read(pin.version_file) if current is None else current.content or b""
-    files[pin.version_file] = Change(edit_version_file(pin, content))
-    return rewrite_wheel(
-        released,
-        out,
-        Rewrite(
-            version=pin.fork_version,
-            requires=pin.requires,
-            relax_torch=relax_torch,
-            files=files,
-            info_files=provenance(pin, variant, released),
-        ),
-    )
+    files[pin.version_file] = Change(edit_version_file(pin, pin.fork_version(variant), content))
+    change = _rewrite(pin, variant, released)
+    return rewrite_wheel(released, out, replace(change, relax_torch=relax_torch, files=files))
 
 
 def build_from_source(
@@ -61,15 +53,7 @@ def build_from_source(
         wheels = list(built.glob("*.whl"))
         if done.returncode != 0 or len(wheels) != 1:
             raise ForkError(f"the engine's own build failed ({done.returncode}), see above")
-        return rewrite_wheel(
-            wheels[0],
-            out,
-            Rewrite(
-                version=pin.fork_version,
-                requires=pin.requires,
-                info_files=provenance(pin, "cuda", released),
-            ),
-        )
+        return rewrite_wheel(wheels[0], out, _rewrite(pin, "cuda", released))
 
 
 def patched_files(pin: Pin, released: Path) -> dict[str, Change]:
@@ -92,13 +76,13 @@ def patched_files(pin: Pin, released: Path) -> dict[str, Change]:
         return {path: _change(tree / path) for path in sorted(touched)}
 
 
-def edit_version_file(pin: Pin, content: bytes) -> bytes:
+def edit_version_file(pin: Pin, fork_version: str, content: bytes) -> bytes:
     """Makes the engine report the fork's version at run time too."""
     text = content.decode("utf-8")
-    local = pin.fork_version.partition("+")[2]
+    local = fork_version.partition("+")[2]
     release = ", ".join(part if part.isdigit() else repr(part) for part in pin.version.split("."))
     for old, new in (
-        (rf"(['\"]){re.escape(pin.version)}\1", f"'{pin.fork_version}'"),
+        (rf"(['\"]){re.escape(pin.version)}\1", f"'{fork_version}'"),
         (rf"\({re.escape(release)}\)", f"({release}, '{local}')"),
     ):
         text, count = re.subn(old, new, text)
@@ -124,8 +108,18 @@ def provenance(pin: Pin, variant: str, released: Path) -> dict[str, bytes]:
     return files
 
 
+def _rewrite(pin: Pin, variant: str, released: Path) -> Rewrite:
+    own = pin.variant(variant)
+    return Rewrite(
+        version=pin.fork_version(variant),
+        requires=(*pin.requires, *own.requires),
+        drops=own.drops,
+        info_files=provenance(pin, variant, released),
+    )
+
+
 def _source_environment(pin: Pin, released: Path) -> dict[str, str]:
-    values = {"released_wheel": str(released.resolve()), "fork_version": pin.fork_version}
+    values = {"released_wheel": str(released.resolve()), "fork_version": pin.fork_version("cuda")}
     own = {name: value.format_map(values) for name, value in pin.source_build.items()}
     return {**os.environ, **own}
 

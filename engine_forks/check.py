@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from engine_forks.errors import ForkError
 from engine_forks.export import format_series
 from engine_forks.git import BASE_TAG, git
 from engine_forks.pin import Pin
+from engine_forks.requirements import requirements
 from engine_forks.series import ORDER_FILE, read_series
 
 BUDGET = 600
@@ -40,8 +41,15 @@ class Report:
         return sum(size.existing for size in self.sizes)
 
 
-def check(pin: Pin, archive: Path, wheels: Sequence[Path], repo: Path) -> Report:
-    """Runs every check and returns all that is wrong, not only the first."""
+def check(pin: Pin, archive: Path, wheels: Mapping[str, Path], repo: Path) -> Report:
+    """Runs every check and returns all that is wrong, not only the first.
+
+    Args:
+        pin: the release and its series.
+        archive: the release's source.
+        wheels: released wheels that must take the series too, by variant.
+        repo: where the tests that patches name may be.
+    """
     names = [path.name for path in read_series(pin.patches)]
     with tempfile.TemporaryDirectory(prefix="kvcached-check-") as scratch:
         tree = Path(scratch) / "tree"
@@ -62,9 +70,10 @@ def check(pin: Pin, archive: Path, wheels: Sequence[Path], repo: Path) -> Report
         problems.append(
             f"the series changes {report.total} lines of existing files, the budget is {BUDGET}"
         )
-    for wheel in wheels:
+    for variant, wheel in wheels.items():
         try:
             patched_files(pin, wheel)
+            requirements(pin, variant, wheel)
         except ForkError as error:
             problems.append(str(error))
     return report

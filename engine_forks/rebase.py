@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine_forks import git
-from engine_forks.apply import am, make_base, unpack
+from engine_forks.apply import am, apply, unpack
 from engine_forks.errors import ForkError
 from engine_forks.pin import Pin
 from engine_forks.series import read_series
@@ -28,8 +28,10 @@ def rebase(pin: Pin, archive: Path, onto: Path, tree: Path) -> list[Outcome]:
     if tree.exists():
         raise ForkError(f"{tree} exists and may hold work: move it or name another --tree")
     patches = read_series(pin.patches)
-    make_base(pin, archive, tree)
-    new_base = _replace_content(tree, onto)
+    apply(pin, archive, tree)
+    # From here git knows what each patch was made on, also where an earlier one changed that file.
+    git.git(tree, "reset", "--quiet", "--hard", git.BASE_TAG)
+    new_base = _replace_content(tree, onto, pin.package)
     outcomes = [_try(tree, patch) for patch in patches]
     git.git(tree, "reset", "--quiet", "--hard", new_base)
     try:
@@ -42,10 +44,10 @@ def rebase(pin: Pin, archive: Path, onto: Path, tree: Path) -> list[Outcome]:
     return outcomes
 
 
-def _replace_content(tree: Path, onto: Path) -> str:
+def _replace_content(tree: Path, onto: Path, package: str) -> str:
     """Commits the other release on top, so that git knows both sides of a three-way merge."""
     new = tree.with_name(f"{tree.name}.new")
-    unpack(onto, new)
+    unpack(onto, new, package)
     try:
         for path in tree.iterdir():
             if path.name != ".git":

@@ -7,11 +7,11 @@ then either wheel without its dependencies.
 
 from __future__ import annotations
 
-import re
 import zipfile
 from email.parser import HeaderParser
 from pathlib import Path
 
+from engine_forks.dependencies import is_extra, project_of, replaced
 from engine_forks.errors import ForkError
 from engine_forks.pin import Pin
 from engine_forks.wheel import wheel_identity
@@ -20,8 +20,8 @@ from engine_forks.wheel import wheel_identity
 _TORCH = {"torch", "torchaudio", "torchvision"}
 
 
-def requirements(pin: Pin, released: Path) -> list[str]:
-    """The pinned torch, then the wheel's required dependencies less torch's family."""
+def requirements(pin: Pin, variant: str, released: Path) -> list[str]:
+    """The pinned torch, the wheel's dependencies less torch's family, then the variant's own."""
     project, version, _ = wheel_identity(released)
     with zipfile.ZipFile(released) as wheel:
         try:
@@ -29,15 +29,11 @@ def requirements(pin: Pin, released: Path) -> list[str]:
         except KeyError as error:
             raise ForkError(f"{released.name}: {error}") from error
     wanted = HeaderParser().parsestr(metadata).get_all("Requires-Dist") or []
+    own = pin.variant(variant)
+    gone = replaced(wanted, own.drops, own.requires)
+    kept = [line for line in wanted if not is_extra(line) and line not in gone]
     return [
         f"torch=={pin.torch}",
-        *(line for line in wanted if not _is_extra(line) and _project(line) not in _TORCH),
+        *(line for line in kept if project_of(line) not in _TORCH),
+        *own.requires,
     ]
-
-
-def _is_extra(requirement: str) -> bool:
-    return re.search(r"\bextra\s*==", requirement.partition(";")[2]) is not None
-
-
-def _project(requirement: str) -> str:
-    return re.split(r"[\s\[<>=!~;(]", requirement, maxsplit=1)[0].lower()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewrites a wheel: new version, some files replaced, everything else as released."""
+"""Rewrites a wheel: version, requirements and some files, everything else as released."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from engine_forks.dependencies import replaced
 from engine_forks.errors import ForkError
 
 # The oldest date a zip can hold: the same input gives the same bytes on any day.
 _DATE = (1980, 1, 1, 0, 0, 0)
 _CHUNK = 1 << 20
+_REQUIRES = "Requires-Dist: "
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class Rewrite:
     """The differences between a released wheel and the one made from it."""
 
     version: str
+    # Added; each replaces what the release requires of the same project.
     requires: tuple[str, ...] = ()
+    drops: frozenset[str] = frozenset()
     relax_torch: bool = False
     files: Mapping[str, Change] = field(default_factory=dict)
     # Files added beside METADATA, by name.
@@ -88,23 +92,26 @@ def rewrite_wheel(released: Path, out: Path, change: Rewrite) -> Path:
 
 
 def edit_metadata(text: str, change: Rewrite) -> str:
-    """Sets the version and adds requirements; the other headers and the text stay as released."""
+    """Sets the version and the requirements; the other headers and the text stay as released."""
     head, gap, body = text.partition("\n\n")
     lines = head.split("\n")
     if sum(line.startswith("Version: ") for line in lines) != 1:
         raise ForkError("the wheel's METADATA does not have one Version")
     lines = [f"Version: {change.version}" if x.startswith("Version: ") else x for x in lines]
+    released = [x.removeprefix(_REQUIRES) for x in lines if x.startswith(_REQUIRES)]
+    gone = {_REQUIRES + line for line in replaced(released, change.drops, change.requires)}
+    lines = [line for line in lines if line not in gone]
     if change.relax_torch:
         lines = [_relax_torch(line) for line in lines]
     # Before the first optional requirement, where a reader expects the required ones.
     place = next((i for i, x in enumerate(lines) if x.startswith("Provides-Extra:")), len(lines))
-    lines[place:place] = [f"Requires-Dist: {requirement}" for requirement in change.requires]
+    lines[place:place] = [_REQUIRES + requirement for requirement in change.requires]
     return "\n".join(lines) + gap + body
 
 
 def _relax_torch(line: str) -> str:
     """Drops the local label of torch's pin: PyPI has torch 2.x, not torch 2.x+cpu."""
-    if not line.startswith("Requires-Dist: torch=="):
+    if not line.startswith(f"{_REQUIRES}torch=="):
         return line
     pin, semicolon, marker = line.partition(";")
     return pin.split("+", 1)[0] + semicolon + marker

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny engine release on a package index of its own: source archive, two wheels, pin, series."""
+"""A tiny engine release on a package index of its own: source archive, two wheels, pin, series.
+
+Or, as `make_wheel_fork` makes it, a release that is nothing but a wheel for each Python.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import io
 import os
 import platform
 import subprocess
+import sys
 import tarfile
 import zipfile
 from dataclasses import dataclass
@@ -21,6 +25,8 @@ PIN = f"fakeng-{VERSION}"
 
 CORE = "".join(f"line_{n} = {n}\n" for n in range(400))
 VERSION_PY = f"__version__ = version = '{VERSION}'\n__version_tuple__ = version_tuple = (1, 2, 0)\n"
+# The tags of two Pythons: one that a machine has no more, and the one that runs.
+PYTHONS = ("cp39", "cp{}{}".format(*sys.version_info))
 INIT = "from fakeng._version import __version__\n"
 TEST = "def test_nothing() -> None:\n    assert True\n"
 BINARY = bytes(range(256)) * 64
@@ -174,14 +180,36 @@ def person() -> dict[str, str]:
 
 
 def make_fork(root: Path) -> Fork:
+    fork = _empty_fork(root)
+    fork.archive.write_bytes(make_archive())
+    for variant in ("cuda", "cpu"):
+        fork.wheel(variant).write_bytes(make_wheel(variant))
+    _list_files(fork, "fakeng", "fakeng-cpu")
+    write_pin(fork)
+    return fork
+
+
+def make_wheel_fork(root: Path) -> Fork:
+    """A fork of a release without a source archive, and with one wheel for both variants."""
+    fork = _empty_fork(root)
+    for python in PYTHONS:
+        compiled = {"fakeng/native.so": python.encode() + BINARY}
+        python_wheel(fork, python).write_bytes(make_wheel("cuda", compiled))
+    _list_files(fork, "fakeng")
+    write_wheel_pin(fork)
+    return fork
+
+
+def _empty_fork(root: Path) -> Fork:
     fork = Fork(root / "repo", root / "cache", root / "index")
     (fork.index / "files").mkdir(parents=True)
     fork.patches.mkdir(parents=True)
     (fork.patches / "series").touch()
-    fork.archive.write_bytes(make_archive())
-    for variant in ("cuda", "cpu"):
-        fork.wheel(variant).write_bytes(make_wheel(variant))
-    for project in ("fakeng", "fakeng-cpu"):
+    return fork
+
+
+def _list_files(fork: Fork, *projects: str) -> None:
+    for project in projects:
         page = fork.index / "simple" / project / "index.html"
         page.parent.mkdir(parents=True)
         links = [
@@ -189,25 +217,38 @@ def make_fork(root: Path) -> Fork:
             for path in sorted((fork.index / "files").iterdir())
         ]
         page.write_text("<!DOCTYPE html><html><body>" + "\n".join(links) + "</body></html>")
-    write_pin(fork)
-    return fork
 
 
 def write_pin(fork: Fork) -> None:
-    pins = fork.root / "engine_forks" / "pins"
-    pins.mkdir(parents=True, exist_ok=True)
     wheels = "".join(
         f"[wheels.{variant}.{platform.machine()}]\n{_artifact(project, fork.wheel(variant))}"
         for variant, project in (("cuda", "fakeng"), ("cpu", "fakeng-cpu"))
     )
+    own_build = "".join(f"{name} = '{value}'\n" for name, value in SOURCE_BUILD.items())
+    _write_pin(fork, fork.archive, f"{wheels}[source_build]\n{own_build}")
+
+
+def write_wheel_pin(fork: Fork, source: str = PYTHONS[0], cpu: str | None = None) -> None:
+    """Pins both Pythons' wheels; `source` says whose is the source, `cpu` what the variant has."""
+    wheels = "".join(
+        f"[wheels.cuda.{platform.machine()}.{python}]\n"
+        f"{_artifact('fakeng', python_wheel(fork, python))}"
+        for python in PYTHONS
+    )
+    own = 'drops = ["TorchVision"]\nrequires = ["six==1.17", "attrs"]\n' if cpu is None else cpu
+    own = f'[variants.cpu]\nwheels = "cuda"\nlabel = "cpu"\n{own}'
+    _write_pin(fork, python_wheel(fork, source), wheels + own)
+
+
+def _write_pin(fork: Fork, source: Path, rest: str) -> None:
+    pins = fork.root / "engine_forks" / "pins"
+    pins.mkdir(parents=True, exist_ok=True)
     (pins / f"{PIN}.toml").write_text(
         f'engine = "fakeng"\nversion = "{VERSION}"\nrevision = 7\npackage = "fakeng"\n'
         'version_file = "fakeng/_version.py"\npython = ">=3.10"\ntorch = "2.11.0"\n'
         'requires = ["kvcached-core>=0.1"]\n'
-        f"[source]\n{_artifact('fakeng', fork.archive)}{wheels}"
-        "[source_build]\n"
-        + "".join(f"{name} = '{value}'\n" for name, value in SOURCE_BUILD.items())
-        + '[tests]\nrequires = ["pytest>=8"]\n'
+        f"[source]\n{_artifact('fakeng', source)}{rest}"
+        '[tests]\nrequires = ["pytest>=8"]\n'
     )
 
 
@@ -228,6 +269,10 @@ def wheel_name(variant: str) -> str:
     return f"{project}-{VERSION}-py3-none-any.whl"
 
 
+def python_wheel(fork: Fork, python: str) -> Path:
+    return fork.index / "files" / f"fakeng-{VERSION}-{python}-none-any.whl"
+
+
 def make_wheel(variant: str, changes: dict[str, bytes] | None = None) -> bytes:
     project = wheel_name(variant).partition("-")[0]
     info = f"{project}-{VERSION}.dist-info"
@@ -245,7 +290,7 @@ def make_wheel(variant: str, changes: dict[str, bytes] | None = None) -> bytes:
         for name, data in files.items():
             entry = zipfile.ZipInfo(name, (2026, 6, 30, 1, 2, 4))
             entry.create_system = 3
-            entry.external_attr = (0o100755 if name.endswith(".so") else 0o100644) << 16
+            entry.external_attr = (0o100755 if name.endswith((".so", ".sh")) else 0o100644) << 16
             wheel.writestr(entry, data)
     return buffer.getvalue()
 

@@ -241,7 +241,8 @@ def test_engine_without_a_source_build(fork: Fork, capsys: pytest.CaptureFixture
 
 def test_version_file_states_the_fork_s_version(fork: Fork) -> None:
     text = "__version__ = '1.2.0'\n__version_tuple__ = (1, 2, 0)\n"
-    edited_text = edit_version_file(load_pin(PIN, fork.root), text.encode()).decode()
+    pin = load_pin(PIN, fork.root)
+    edited_text = edit_version_file(pin, pin.fork_version("cuda"), text.encode()).decode()
     assert edited_text == (
         "__version__ = '1.2.0+kvcached.7'\n__version_tuple__ = (1, 2, 0, 'kvcached.7')\n"
     )

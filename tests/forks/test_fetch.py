@@ -15,7 +15,8 @@ import pytest
 from engine_forks import fetch as fetch_verb
 from engine_forks.errors import ForkError
 from engine_forks.fetch import find_url
-from engine_forks.pin import REPO, Artifact, load_pin, pin_names
+from engine_forks.pin import ANY_PYTHON, REPO, Artifact, load_pin, pin_names
+from engine_forks.wheel import wheel_identity
 from tests.forks.fake_engine import PIN, Fork
 
 
@@ -227,18 +228,30 @@ def test_this_repository_s_pins(name: str) -> None:
     pin = load_pin(name)
     assert pin.name == name
     assert pin.patches == REPO / "patches" / pin.engine / pin.version
-    artifacts = [
-        pin.source,
-        *(a for by_machine in pin.wheels.values() for a in by_machine.values()),
+    wheels = [
+        (machine, python, artifact)
+        for variant in pin.variants.values()
+        for machine, by_python in variant.wheels.items()
+        for python, artifact in by_python.items()
     ]
-    for artifact in artifacts:
+    for artifact in (pin.source, *(artifact for _, _, artifact in wheels)):
         assert pin.version in artifact.file
         assert len(bytes.fromhex(artifact.sha256)) == 32
         # The index's spelling of a project and a file name's differ in the dash only.
         assert artifact.file.startswith(f"{artifact.project.replace('-', '_')}-")
-    for by_machine in pin.wheels.values():
-        assert set(by_machine) == {"x86_64", "aarch64"}
-        for machine, artifact in by_machine.items():
-            assert machine in artifact.file
+    for variant in pin.variants.values():
+        assert set(variant.wheels) == {"x86_64", "aarch64"}
+    for machine, python, artifact in wheels:
+        tags = wheel_identity(Path(artifact.file))[2]
+        assert machine in tags
+        assert tags.startswith(f"{python}-") if python != ANY_PYTHON else "-abi3-" in tags
+    # Two variants of one wheel must not have one name.
+    names = {
+        (artifact.project, pin.fork_version(name), python, machine)
+        for name, variant in pin.variants.items()
+        for machine, by_python in variant.wheels.items()
+        for python, artifact in by_python.items()
+    }
+    assert len(names) == len(wheels)
     # An engine that looks for "cpu" in its version must not find it in a fork for a GPU.
-    assert "cpu" not in pin.fork_version
+    assert "cpu" not in pin.fork_version("cuda")

@@ -69,6 +69,24 @@ def test_all_patches_apply(
     assert (tree / "fakeng" / "new_upstream.py").exists()
 
 
+def test_patch_on_a_patched_file_is_merged(
+    fork: Fork, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the second patch was made on is in neither release, only in the series."""
+    both = edited(10).replace("line_300 = 300\n", "changed = True\n")
+    fork.add_patch("one", {"fakeng/core.py": edited(10)})
+    fork.add_patch("two", {"fakeng/core.py": both})
+    archive, tree = tmp_path / "fakeng-1.3.0.tar.gz", tmp_path / "rebased"
+    changes: dict[str, bytes | None] = {"fakeng/core.py": edited(302, "theirs = 1").encode()}
+    archive.write_bytes(make_archive(changes, version="1.3.0"))
+    capsys.readouterr()
+    assert fork.run("rebase", "--archive", archive, "--tree", tree) == 0
+    assert outcomes(capsys.readouterr().out) == [("exact", "0001-one"), ("merged", "0002-two")]
+    assert (tree / "fakeng" / "core.py").read_text() == both.replace(
+        "line_302 = 302\n", "theirs = 1\n"
+    )
+
+
 def test_files_the_next_release_dropped_are_gone(rebased: tuple[Fork, Path, Path]) -> None:
     fork, archive, tree = rebased
     archive.write_bytes(make_archive({"csrc/kernel.cu": None}, version="1.3.0"))

@@ -40,7 +40,9 @@ def run_commands(path: Path) -> list[list[str]]:
 
 def test_each_variant_of_each_pin_has_a_dockerfile() -> None:
     expected = {
-        f"{name}.{variant}.Dockerfile" for name in pin_names() for variant in load_pin(name).wheels
+        f"{name}.{variant}.Dockerfile"
+        for name in pin_names()
+        for variant in load_pin(name).variants
     }
     assert {path.name for path in DOCKERFILES} == expected
 
