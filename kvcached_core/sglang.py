@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ._core import Backend, BlockAllocator
 from .config import Config, ConfigError
 from .devices import describe, open_backend, page_size
+from .engine_metrics import EngineMetrics
 from .join import join
 from .lockstep import Leader, Load, PassOrder, Replica
 from .plan import ArenaShape, RankDevice, StepOps, WorkerBinding
@@ -38,6 +40,7 @@ and a page of memory is empty only when the last of them is gone."""
 
 _LOOK_S = 0.02
 _PAUSE_MS = 2
+_METRICS_S = 0.5
 _STRIDED_BACKENDS = frozenset({"fa3", "flashinfer", "torch_native", "triton"})
 """Attention backends that find a token's row by the tensor's own stride."""
 
@@ -207,6 +210,8 @@ class SglangRank:
         self._waker: Waker | None = None
         self._block_tokens = 1
         self._engine: Any = None
+        self._metrics: EngineMetrics | None = None
+        self._exported_at = 0.0
         self._looked_at = 0.0
         self._heard = -1
         self.virtual_bytes, self._static_bytes = self._size(
@@ -354,12 +359,25 @@ class SglangRank:
         if bell == self._heard and now - self._looked_at < _LOOK_S:
             return False
         self._heard, self._looked_at = bell, now
+        if self._metrics is not None and now - self._exported_at >= _METRICS_S:
+            self._exported_at = now
+            self._metrics.update(scheduler.stats())
         return scheduler.attend()
 
     def pause(self) -> None:
         """Requests wait and nothing can run: wait a moment for memory."""
         if self._leader is not None:
             self._leader.scheduler.pause(_PAUSE_MS)
+
+    def expose(self, labels: Mapping[str, str]) -> None:
+        """Add kvcached's series to the engine's metrics."""
+        if self._leader is not None:
+            self._metrics = EngineMetrics("sglang:kvcached_", labels)
+
+    def count(self, name: str, num_tokens: int) -> None:
+        """Count cached tokens as blocks: ``cache_hits`` or ``cache_evictions``."""
+        if self._leader is not None:
+            self._leader.scheduler.counters[name] += num_tokens // self._block_tokens
 
     def wake_fd(self) -> int | None:
         """A descriptor that is readable when a sleeping engine has something to do."""
@@ -458,11 +476,15 @@ def load_of(scheduler: Any, received: Sequence[Any], block_tokens: int) -> Load 
         # run may still generate, in part.
         ratio = scheduler.new_token_ratio_tracker.current
         tokens = _length(waiting[0]) + _to_come(waiting[0]) + 2 * block_tokens
-        tokens += int(sum(_to_come(request) for request in running) * ratio)
-        wanted = max(wanted, -(-tokens // block_tokens))
+        tokens += int(sum(_to_come(request, ratio) for request in running))
+        wanted = max(wanted, math.ceil(tokens / block_tokens))
     return Load(_Requests(running), _Requests(waiting), decode, decode + prefill, wanted)
 
 
-def _to_come(request: Any) -> int:
-    most = request.sampling_params.max_new_tokens or 0
-    return max(0, min(most - len(getattr(request, "output_ids", ())), _CLIP_NEW_TOKENS))
+def _to_come(request: Any, ratio: float = 1.0) -> float:
+    """Tokens a request may still generate; in part, if it may stop before."""
+    sampling = request.sampling_params
+    most = (sampling.max_new_tokens or 0) - len(getattr(request, "output_ids", ()))
+    if sampling.ignore_eos:
+        return max(0, most)
+    return max(0, min(most, _CLIP_NEW_TOKENS)) * ratio

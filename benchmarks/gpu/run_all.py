@@ -32,7 +32,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from tests.support.engines import ENVIRONMENT, engine_environment
 
-SCRIPT = Path(__file__).with_name("tokens_and_throughput.py")
+SCRIPT = "tokens_and_throughput.py"
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,15 @@ class Variant:
         return engine_environment("stock" if self.kind == "stock" else "patched", env, fixed=False)
 
 
-def run(variant: Variant, rest: list[str], limit_s: float, logs: Path) -> dict[str, Any]:
+def run(
+    script: str, variant: Variant, rest: list[str], limit_s: float, logs: Path
+) -> dict[str, Any]:
     """One variant's report; its `error` is set if it gave none."""
     begin = time.monotonic()
     log = logs / f"{time.strftime('%H%M%S')}-{variant.text.replace(':', '_')}.log"
     answer = log.with_suffix(".out")
-    command = [sys.executable, str(SCRIPT), "--label", variant.text, *rest]
+    path = Path(__file__).with_name(script)
+    command = [sys.executable, str(path), "--label", variant.text, *rest]
     with (
         tempfile.TemporaryDirectory() as folder,
         log.open("w") as errors,
@@ -150,6 +153,7 @@ def main() -> int:
     )
     parser.add_argument("variants", nargs="+", type=Variant.parse)
     parser.add_argument("--out", type=Path, default=Path("build/gpu.jsonl"), help="reports")
+    parser.add_argument("--script", default=SCRIPT, help="or sglang_engine.py")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one variant")
     own, rest = sys.argv[1:], []
     if "--" in own:
@@ -160,7 +164,7 @@ def main() -> int:
     reports = []
     with args.out.open("a") as out:
         for variant in args.variants:
-            report = run(variant, rest, args.limit, args.out.parent)
+            report = run(args.script, variant, rest, args.limit, args.out.parent)
             reports.append(report)
             print(json.dumps(report), file=out, flush=True)
             brief = {k: v for k, v in report.items() if k not in ("tokens", "tail")}

@@ -18,6 +18,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,10 @@ LLAMA_8B = TinySpec(
     vocab=128256,
     max_len=8192,
 )
+
+
+Generate = Callable[[list[list[int]], int], list[list[int]]]
+"""Prompts and a number of tokens to their answers, greedily."""
 
 
 class DeviceMemory:
@@ -95,7 +101,7 @@ def _generate(llm: Any, prompts: list[list[int]], max_tokens: int) -> list[list[
     return [list(answer.outputs[0].token_ids) for answer in answers]
 
 
-def throughput(llm: Any, cell: str, vocab: int, repeats: int) -> dict[str, Any]:
+def throughput(generate: Generate, cell: str, vocab: int, repeats: int) -> dict[str, Any]:
     """Output tokens a second of one cell, `prompts x tokens in x tokens out`, each repeat."""
     count, length, output = (int(part) for part in cell.split("x"))
     rng = random.Random(count)
@@ -103,16 +109,16 @@ def throughput(llm: Any, cell: str, vocab: int, repeats: int) -> dict[str, Any]:
     for _ in range(repeats):
         prompts = [tokens(rng, length, vocab) for _ in range(count)]
         begin = time.perf_counter()
-        _generate(llm, prompts, output)
+        generate(prompts, output)
         rates.append(count * output / (time.perf_counter() - begin))
     return {"out_tok_s": [round(rate, 1) for rate in rates], "best": round(max(rates), 1)}
 
 
-def greedy_tokens(llm: Any, vocab: int, count: int, output: int) -> list[list[int]]:
+def greedy_tokens(generate: Generate, vocab: int, count: int, output: int) -> list[list[int]]:
     """Answers to prompts sent one by one, since a batch's composition alone changes some."""
     rng = random.Random(7)
     prompts = [tokens(rng, rng.randrange(1, 1500), vocab) for _ in range(count)]
-    return [_generate(llm, [prompt], output)[0] for prompt in prompts]
+    return [generate([prompt], output)[0] for prompt in prompts]
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -140,20 +146,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.tiny and report["parameters"] < 8e9:
         # The CPU build packs its weights away, and the answers would be those of dummy weights.
         raise RuntimeError(f"only {report['parameters']} weights were set")
-    _generate(llm, [tokens(random.Random(1), 512, spec.vocab)] * 16, 16)
+    generate = partial(_generate, llm)
+    generate([tokens(random.Random(1), 512, spec.vocab)] * 16, 16)
     memory.take_peak()
     report["memory_mib"]["idle"] = memory.used() >> 20
     report["reduction_kernels"] = llm.apply_model(reduction_kernels)[0]
     report["cells"] = {}
     for cell in args.cells:
         if cell == "tokens":
-            answers = greedy_tokens(llm, spec.vocab, args.token_prompts, args.token_outputs)
+            answers = greedy_tokens(generate, spec.vocab, args.token_prompts, args.token_outputs)
             text = json.dumps(answers)
             report["tokens"] = answers
             report["tokens_sha256"] = hashlib.sha256(text.encode()).hexdigest()
             report["distinct_tokens"] = len({token for answer in answers for token in answer})
         else:
-            report["cells"][cell] = throughput(llm, cell, spec.vocab, args.repeats)
+            report["cells"][cell] = throughput(generate, cell, spec.vocab, args.repeats)
             report["cells"][cell]["peak_mib"] = memory.take_peak() >> 20
     time.sleep(args.settle)
     report["memory_mib"]["after_load"] = memory.used() >> 20

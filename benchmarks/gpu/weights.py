@@ -26,3 +26,8 @@ def use_attention(model: Any) -> int:
         parameter.data.normal_(0.0, std, generator=generators[device])
         count += parameter.numel()
     return count
+
+
+def load_use_attention(model: Any, _: Any) -> None:
+    """As SGLang's custom weight loaders are called."""
+    use_attention(model)
