@@ -334,10 +334,10 @@ class SglangRank:
 
     def receive(self, received: list[Any]) -> list[Any]:
         """On every rank: take the order out of what was received, and carry it out."""
+        self.land()  # also without an order: at the same time on every rank
         if not received or not isinstance(received[-1], PassOrder):
             return received
         if self._replica is not None:
-            self.land()
             self.order = received[-1]
             self._apply(self._replica.repeat(self.order))
         return received[:-1]
