@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from ._core import Backend, BlockAllocator
 from .config import Config, ConfigError
-from .devices import describe, open_backend, page_size
+from .devices import defaults, describe, open_backend, page_size
 from .engine_metrics import EngineMetrics
 from .join import join
 from .lockstep import Leader, Load, PassOrder, Replica
@@ -232,6 +232,11 @@ class SglangRank:
             total = self._backend.memory_info()[1]
             most = int(total * fraction) - own_bytes
             static = own_bytes + int(total * (1 - fraction))
+        # What no ledger will ever lease must not be promised to a request, which would wait for
+        # ever: the headroom, and the padding block with what the last page lacks.
+        kind = defaults(self.kind)
+        page = self.config.page_size or max(kind.page_size, self._backend.granularity)
+        most -= (kind.headroom if self.config.headroom is None else self.config.headroom) + 2 * page
         if self.config.max_kv is not None:
             most = min(most, self.config.max_kv)
         return min(self._ranks.gather(most)), static
