@@ -33,6 +33,8 @@ class Load:
     """Those, and what waiting requests may take besides."""
     wanted_blocks: int
     """Blocks that must be free, or there to be had, before the first waiting request is let in."""
+    first_blocks: int = 0
+    """Blocks its prompt takes, in however many passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,20 +98,45 @@ class Leader:
         scheduler = self.scheduler
         scheduler.journal = self._journal
         scheduler.begin_pass(load.running, load.waiting)
-        missing = load.needed_blocks - scheduler.allocator.num_clean
-        if missing > 0:
-            missing -= scheduler.grow(missing)
         cached = scheduler.queue.num_cached if scheduler.queue is not None else 0
-        short = missing > cached
+        needed, promised = self._to_hold(load, cached)
+        if needed > scheduler.allocator.num_clean:
+            scheduler.grow(needed - scheduler.allocator.num_clean)
         reachable = scheduler.growable_blocks()
-        lack = load.wanted_blocks - scheduler.allocator.num_clean - reachable
+        missing = load.needed_blocks - scheduler.allocator.num_clean
+        lack = 0 if promised else load.wanted_blocks - scheduler.allocator.num_clean - reachable
         if max(missing, lack) > cached and not scheduler.gives:
             # What is free but not leased counts as missing too: the plan takes it off again.
             scheduler.note_shortage(max(missing, lack) - cached + reachable)
         # What is too little for those who wait may go to others meanwhile.
-        ops = scheduler.take_ops(1, load.running_blocks if short else load.needed_blocks)
-        reachable = scheduler.growable_blocks() // self._step * self._step
+        ops = scheduler.take_ops(1, load.running_blocks if missing > cached else needed)
         acts = tuple(self._journal or ())
         if self._journal is not None:
             self._journal.clear()
+        reachable = self._reachable(load.wanted_blocks, promised)
+        # The engine takes blocks after this, and may take any that are clean: none is for later.
+        ops = StepOps(ops.commit + ops.commit_ahead, [], ops.decommit)
         return PassOrder(acts, reachable, scheduler.withheld_blocks), ops
+
+    def _to_hold(self, load: Load, cached: int) -> tuple[int, bool]:
+        """Clean blocks to have, and whether the first waiting request is to be let in now."""
+        scheduler = self.scheduler
+        if not scheduler.contended or not load.waiting:
+            return load.needed_blocks, False
+        # Who holds a part is outranked by who holds none, and they would give it to each other in
+        # turns for ever. So nothing is taken for those who wait, unless the first can be let in;
+        # then all of its prompt is, before that changes what else could be had.
+        lack = load.wanted_blocks - scheduler.allocator.num_clean - cached
+        if lack > scheduler.growable_blocks():
+            return load.running_blocks, False
+        return max(load.needed_blocks, load.first_blocks), True
+
+    def _reachable(self, wanted_blocks: int, promised: bool) -> int:
+        """Rounded down, as it is told anew when it changes, but not below what those who wait lack:
+        nobody would grow or ask for what is there, and they would wait for ever.
+        """
+        scheduler = self.scheduler
+        cached = scheduler.queue.num_cached if scheduler.queue is not None else 0
+        lack = wanted_blocks - scheduler.allocator.num_clean - cached
+        exact = scheduler.growable_blocks()
+        return max(exact // self._step * self._step, lack if promised else min(lack, exact))

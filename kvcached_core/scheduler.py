@@ -122,6 +122,8 @@ class ElasticScheduler:
         self._preempted_in = -_PREEMPTION_PAUSE
         self.withheld_blocks = 0
         """Blocks that running requests must free in this pass, for others."""
+        self.contended = False
+        """Whether others wait for memory in this pass."""
         self._settling = False
         self._watcher: Watcher | None = None
         self._demand = Demand(self.accounts, self.allocator.cost, block_tokens)
@@ -207,25 +209,25 @@ class ElasticScheduler:
         self._demand.begin(waiting)
         self.accounts.touch()
         trimmed, with_cache = self._orders.begin(self._total_pages[0])
-        contended = self.accounts.others_wait()
+        self.contended = self.accounts.others_wait()
         # Memory for what runs now is not spare.
-        self._keep_pages = self._pages_for_next(running) if contended or trimmed else 0
-        if contended:
+        self._keep_pages = self._pages_for_next(running) if self.contended or trimmed else 0
+        if self.contended:
             # What finished requests left since the last pass must not be used again unseen.
             self._publish_spare()
         asked, asked_running = self._pages_asked()
         if asked_running:
             self._keep_pages = 0  # requests are to go anyway
-        elif asked and not contended:
+        elif asked and not self.contended:
             self._keep_pages = self._pages_for_next(running)
         if asked and self._asked_since is None:
             self._asked_since = time.monotonic()
         preempt = 0
         self.withheld_blocks = 0
         if asked_running and self._passes - self._preempted_in >= _PREEMPTION_PAUSE:
-            preempt = self._demand.last_requests(running, asked_running * self.blocks_per_page)
+            preempt = self._demand.last_requests(running, self._blocks_on(asked_running))
         if preempt:
-            self.withheld_blocks = asked_running * self.blocks_per_page
+            self.withheld_blocks = self._blocks_on(asked_running)
             self._preempted_in = self._passes
             self.counters["preemptions"] += preempt
             self.accounts.note_preemption(asked_running * self._page_bytes)
@@ -241,10 +243,19 @@ class ElasticScheduler:
 
     def _pages_for_next(self, running: Sequence[Request]) -> int:
         """Parked pages the running requests may need in this pass."""
-        parked_blocks = self.allocator.parked_pages * self.blocks_per_page
-        beside = max(0, self.allocator.num_clean - parked_blocks)
+        beside = max(0, self.allocator.num_clean - self._blocks_on(self.allocator.parked_pages))
         needed = self._demand.next_blocks(running) - beside if running else 0
-        return -(-max(0, needed) // self.blocks_per_page)
+        return self._pages_for(max(0, needed))
+
+    def _blocks_on(self, pages: int) -> int:
+        """Blocks that fill so many pages."""
+        return -(-pages * self._page_bytes // self._block_bytes)
+
+    def _pages_for(self, blocks: int) -> int:
+        """Parked pages that have so many blocks, wherever these lie on them."""
+        # A block may be larger than a page, and a page need not be full of whole blocks.
+        filled = -(-blocks * self._block_bytes // self._page_bytes)
+        return max(filled, -(-blocks // self.blocks_per_page))
 
     def _give(self, pages: int) -> BlockRanges:
         """Decommit parked pages others asked for, as far as they can be spared."""
@@ -269,7 +280,7 @@ class ElasticScheduler:
             scheduled_tokens: tokens the step runs; 0 if nothing could be scheduled.
             needed_blocks: clean blocks the step is still to take.
         """
-        needed_pages = -(-needed_blocks // self.blocks_per_page)
+        needed_pages = self._pages_for(needed_blocks)
         self._keep_pages = max(self._keep_pages, needed_pages)
         if self.queue is not None:
             self.queue.sweep()

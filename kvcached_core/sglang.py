@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from ._core import Backend, BlockAllocator
+from ._core import Backend, BlockAllocator, VmmError
 from .config import Config, ConfigError
 from .devices import defaults, describe, open_backend, page_size
 from .engine_metrics import EngineMetrics
@@ -212,6 +212,7 @@ class SglangRank:
         self._engine: Any = None
         self._metrics: EngineMetrics | None = None
         self._exported_at = 0.0
+        self._busy = False
         self._looked_at = 0.0
         self._heard = -1
         self.virtual_bytes, self._static_bytes = self._size(
@@ -281,7 +282,7 @@ class SglangRank:
                 zero_recycled=[False] * len(found),
                 logger=logger,
             )
-        except ConfigError as error:
+        except (ConfigError, VmmError) as error:
             return str(error)  # for the other ranks, which wait for an answer
         self._leader = Leader(joined.scheduler, self._ranks.size)
         return [binding for binding in joined.bindings if binding is not None]
@@ -326,10 +327,14 @@ class SglangRank:
         """
         if self._leader is None or received is None:
             return received
-        load = load_of(self._engine, received, self._block_tokens)
-        if not self._look() and load is None:
-            return received
+        # In the same passes on every rank: what is freed at once is reused in another order than
+        # what is freed one after the other.
         self.land()
+        load = load_of(self._engine, received, self._block_tokens)
+        busy, self._busy = self._busy, load is not None
+        # Once more when nothing is left to do: its last request may have been given up waiting.
+        if not self._look() and load is None and not busy:
+            return received
         before = self.order
         self.order, ops = self._leader.plan(load or _NOTHING)
         self._apply(ops)
@@ -427,6 +432,8 @@ class _Requests(Sequence[_Tokens]):
         request = self._requests[index]
         if isinstance(index, slice):
             return _Requests(request)
+        if isinstance(request, _Tokens):
+            return request
         return _Tokens(_length(request), getattr(request, "kv_committed_len", 0))
 
     def __iter__(self) -> Iterator[_Tokens]:
@@ -448,25 +455,29 @@ def load_of(scheduler: Any, received: Sequence[Any], block_tokens: int) -> Load 
         received: what came in for this pass and is not in its queue yet.
         block_tokens: tokens of one block.
     """
+    chunked = scheduler.chunked_req
     running = list(scheduler.running_batch.reqs)
     last = scheduler.last_batch
     if last is not None and last is not scheduler.running_batch and last.forward_mode.is_extend():
-        running += last.reqs
+        running += [request for request in last.reqs if request is not chunked]
     queued = scheduler.waiting_queue
     new = [request for request in received if getattr(request, "input_ids", None)]
-    chunked = scheduler.chunked_req
     if not running and not queued and not new and chunked is None and last is None:
         return None
     decode = sum(request.kv_committed_len % block_tokens == 0 for request in running)
     # As many tokens as one prefill may have, and the page each of its requests may leave unfilled.
-    room = scheduler.max_prefill_tokens
-    if scheduler.chunked_prefill_size is not None:
-        room = min(room, scheduler.chunked_prefill_size)
-    waiting = [*queued, *new]
-    prefill = 0
+    # Where there are chunks, only their size cuts one: it must fit, or its request is not let in.
+    room = scheduler.chunked_prefill_size or scheduler.max_prefill_tokens
+    holders = running
+    prefill = chunk = 0
     if chunked is not None:
         left = min(room, max(0, _length(chunked) - chunked.kv_committed_len))
-        prefill, room = -(-left // block_tokens) + 1, room - left
+        prefill = chunk = -(-left // block_tokens) + 1
+        room -= left
+        # Nobody can have what it holds, so what it lacks stays for it. The last to be preempted.
+        rest = _Tokens(_length(chunked) + block_tokens, chunked.kv_committed_len)
+        holders = [rest, *running]
+    waiting = [*queued, *new]
     for request in waiting:
         if room <= 0:
             break
@@ -475,15 +486,18 @@ def load_of(scheduler: Any, received: Sequence[Any], block_tokens: int) -> Load 
             tokens = _length(request)  # the first is admitted whatever its length
         prefill += -(-tokens // block_tokens) + 1
         room -= tokens
-    wanted = decode + prefill
+    wanted, first = decode + prefill, 0
     if waiting:
+        first = decode + chunk + -(-_length(waiting[0]) // block_tokens) + 1
         # The engine admits the first once all it may generate could be had, and what those that
         # run may still generate, in part.
         ratio = scheduler.new_token_ratio_tracker.current
         tokens = _length(waiting[0]) + _to_come(waiting[0]) + 2 * block_tokens
         tokens += int(sum(_to_come(request, ratio) for request in running))
         wanted = max(wanted, math.ceil(tokens / block_tokens))
-    return Load(_Requests(running), _Requests(waiting), decode, decode + prefill, wanted)
+    return Load(
+        _Requests(holders), _Requests(waiting), decode + chunk, decode + prefill, wanted, first
+    )
 
 
 def _to_come(request: Any, ratio: float = 1.0) -> float:

@@ -170,7 +170,8 @@ void bind_blocks(nb::module_& m) {
                                                      nb::device::cpu>& blocks) {
             check(self.free({blocks.data(), blocks.shape(0)}));
           },
-          "blocks"_a, "As free, from an array of int32.")
+          // Converting would cut what does not fit, and copy behind the caller's back.
+          "blocks"_a.noconvert(), "As free, from an array of int32.")
       .def(
           "live_array",
           [](const BlockAllocator& self) {

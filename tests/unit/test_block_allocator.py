@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -357,3 +358,95 @@ def test_only_live_blocks_can_be_emptied() -> None:
         allocator.emptied_by([3], 1)
     with pytest.raises(VmmError, match="pages"):
         allocator.emptied_by([], -1)
+
+
+def grown(num_blocks: int = 40) -> BlockAllocator:
+    allocator = BlockAllocator(num_blocks, [Geometry(300, 1024, num_blocks)])
+    allocator.grow(num_blocks - 1)
+    return allocator
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_arrays_do_what_lists_do(data: st.DataObject) -> None:
+    lists, arrays = grown(), grown()
+    live: list[int] = []
+    for _ in range(data.draw(st.integers(1, 8))):
+        if data.draw(st.booleans()):
+            n = data.draw(st.integers(0, lists.num_clean))
+            taken, array = lists.allocate(n), arrays.allocate_array(n)
+            assert isinstance(array, np.ndarray) and array.dtype == np.int32
+            assert array.shape == (n,) and array.tolist() == taken
+            live += taken
+        else:
+            freed = data.draw(st.permutations(live))[: data.draw(st.integers(0, len(live)))]
+            lists.free(freed)
+            arrays.free_array(np.array(freed, np.int32))
+            live = [block for block in live if block not in freed]
+        assert arrays.free_order() == lists.free_order()
+        array = arrays.live_array()
+        assert array.dtype == np.int32 and array.tolist() == sorted(live)
+
+
+def test_empty_arrays_are_nothing() -> None:
+    allocator = grown()
+    order = allocator.free_order()
+    assert allocator.allocate_array(0).shape == (0,)
+    assert allocator.live_array().shape == (0,)
+    allocator.free_array(np.empty(0, np.int32))
+    assert allocator.free_order() == order
+
+
+def test_arrays_are_taken_whole_or_not_at_all() -> None:
+    allocator = grown()
+    live = allocator.allocate_array(5)
+    order = allocator.free_order()
+    with pytest.raises(VmmError, match="grow first"):
+        allocator.allocate_array(allocator.num_clean + 1)
+    with pytest.raises(VmmError, match="negative"):
+        allocator.allocate_array(-1)
+    for wrong, words in [(0, "null block"), (-1, "not exist"), (40, "not exist"), (39, "not live")]:
+        with pytest.raises(VmmError, match=words):
+            allocator.free_array(np.array([*live, wrong], np.int32))
+    with pytest.raises(VmmError, match="twice"):
+        allocator.free_array(np.concatenate([live, live[:1]]))
+    assert allocator.free_order() == order
+    assert allocator.live_array().tolist() == sorted(live.tolist())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.array([1, 2], np.int64),
+        np.array([1, 2], np.uint32),
+        np.array([1.0, 2.0], np.float32),
+        np.array([[1, 2]], np.int32),
+        np.array([1, 9, 2, 9], np.int32)[::2],
+        [1, 2],
+    ],
+    ids=["int64", "uint32", "float", "matrix", "strided", "list"],
+)
+def test_arrays_of_another_kind_are_refused(wrong: object) -> None:
+    allocator = grown()
+    assert set(allocator.allocate(2)) == {1, 2}
+    with pytest.raises(TypeError):
+        allocator.free_array(wrong)
+    assert allocator.num_live == 3
+
+
+def test_an_array_outlives_its_allocator_and_is_a_copy() -> None:
+    allocator = grown()
+    taken = allocator.allocate_array(3)
+    live = allocator.live_array()
+    live[:] = 0
+    assert allocator.live_array().tolist() == sorted(taken.tolist())
+    del allocator
+    assert taken.tolist() == [1, 2, 3]
+
+
+def test_read_only_arrays_can_be_freed() -> None:
+    allocator = grown()
+    taken = allocator.allocate_array(3)
+    taken.flags.writeable = False
+    allocator.free_array(taken)
+    assert allocator.num_live == 1
