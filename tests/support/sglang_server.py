@@ -33,7 +33,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-ARGS = ("--device=cpu", "--dtype=float32", "--enable-metrics", "--log-level=info")
+ARGS = ("--device=cpu", "--dtype=float32", "--enable-metrics", "--log-level-http=warning")
 """Of every server."""
 
 
