@@ -15,12 +15,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ._core import Backend, BlockAllocator, VmmError
 from .config import Config, ConfigError
 from .devices import defaults, describe, open_backend, page_size
-from .engine_metrics import EngineMetrics
 from .join import join
 from .lockstep import Leader, Load, PassOrder, Replica
 from .plan import ArenaShape, RankDevice, StepOps, WorkerBinding
@@ -29,6 +28,9 @@ from .static_memory import StaticMemory, follow_static
 from .tree_eviction import nodes_to_evict
 from .waker import Waker
 from .worker import WorkerArena
+
+if TYPE_CHECKING:
+    from .engine_metrics import EngineMetrics
 
 logger = logging.getLogger("sglang.kvcached")
 
@@ -382,6 +384,10 @@ class SglangRank:
     def expose(self, labels: Mapping[str, str]) -> None:
         """Add kvcached's series to the engine's metrics."""
         if self._leader is not None:
+            # Not before: prometheus_client looks once, when it is imported, whether the engine's
+            # processes share their metrics, and SGLang says so after it has looked at its arguments.
+            from .engine_metrics import EngineMetrics
+
             self._metrics = EngineMetrics("sglang:kvcached_", labels)
 
     def count(self, name: str, num_tokens: int) -> None:

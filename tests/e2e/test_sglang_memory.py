@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SGLang's physical memory follows its load and the operator's orders, asleep or awake."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kvcached_core._core import Member
+from kvcached_core.cli import kvctl
+from tests.e2e.conftest import Models
+from tests.support.cluster import MIB, Cluster
+from tests.support.elastic import check_account
+from tests.support.load import Burst
+from tests.support.prompts import equal_prompts
+from tests.support.server import HttpServer, burst
+from tests.support.sglang_fixtures import (
+    Reference,
+    References,
+    check_unhurt,
+    retracted,
+    wait_retracted,
+)
+from tests.support.sglang_server import SglangHost, SglangServer
+from tests.support.watch import LedgerWatch, page_memory, process_tree, wait_until
+
+pytest_plugins = ["tests.support.sglang_fixtures"]
+pytestmark = pytest.mark.timeout(600)
+
+CAPACITY = 24 * MIB
+TOKEN = 2048
+BLOCK = 16 * TOKEN
+PAGE = 2 * BLOCK
+PARKED = 4 * PAGE
+FLOOR = PAGE + PARKED  # The padding block's page, and what may stay parked.
+NAMES = ("awake", "asleep")
+
+
+@pytest.fixture(scope="module")
+def _servers(
+    models: Models,
+    sglang_references: Callable[[], References],  # are made meanwhile
+    sglang_patched: SglangHost,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Cluster]:
+    cluster = Cluster(models.llama, tmp_path_factory.mktemp("sglang-memory"), CAPACITY, ())
+    for name, args, host in (
+        # As a user starts it; idle, it polls.
+        ("awake", (), None),
+        ("asleep", ("--sleep-on-idle",), sglang_patched),
+    ):
+        settings = {"page_size": str(PAGE), "parked": str(PARKED), "parked_decay_ms": "200"}
+        env = cluster.env(name, **settings)
+        cluster.servers[name] = SglangServer(
+            name, models.llama, cluster.folder, args, env, host=host
+        )
+    try:
+        yield cluster.start()
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def cluster(_servers: Cluster) -> Iterator[Cluster]:
+    """Both servers idle and empty, without any policy."""
+    for name in NAMES:
+        wait_until(lambda name=name: _servers.member(name).demand == 0, 30, f"{name} is idle")
+        _servers.set_policy(name, limit=-1, cache_limit=-1)
+        _servers.empty(name)
+    yield _servers
+    for server in _servers.servers.values():
+        assert isinstance(server, SglangServer)
+        check_unhurt(server)
+
+
+@pytest.fixture
+def references(sglang_references: Callable[[], References]) -> References:
+    return sglang_references()
+
+
+def _sglang(cluster: Cluster, name: str) -> SglangServer:
+    server = cluster.servers[name]
+    assert isinstance(server, SglangServer)
+    return server
+
+
+def _order(cluster: Cluster, *words: str) -> None:
+    """An operator's command, carried out and acknowledged."""
+    options = ("--ledger-dir", str(cluster.path.parent), "--timeout", "20s")
+    assert kvctl.main([*words, *options]) == 0
+
+
+def _leased(cluster: Cluster, name: str) -> int:
+    return cluster.member(name).leased
+
+
+def _real(server: HttpServer) -> int:
+    return page_memory(process_tree(server.pid))
+
+
+class RealMemory:
+    """The most memory the kernel held for a server's pages while this watched."""
+
+    def __init__(self, server: HttpServer) -> None:
+        self.peak = 0
+        self._pids = process_tree(server.pid)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            self.peak = max(self.peak, page_memory(self._pids))
+
+    def __enter__(self) -> RealMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rises_with_load_and_falls_to_the_floor(cluster: Cluster, name: str) -> None:
+    server = cluster.servers[name]
+    _order(cluster, "cache", name, "0")
+    requests, length, answer = 12, 500, 64
+    with LedgerWatch(cluster.path) as watch, RealMemory(server) as real:
+        Burst(server, equal_prompts(requests, length, seed=1), answer).wait()
+    check_account(watch)
+    # All requests run at once, each in blocks of 16 tokens.
+    needed = requests * -(-(length + answer - 1) // 16) * BLOCK
+    # The last prefill asks for a block more for each of its requests than they fill.
+    most = needed + requests * BLOCK + FLOOR
+    assert needed <= watch.peak_committed(name) <= most
+    assert needed <= real.peak <= most
+
+    def at_floor() -> bool:
+        info = cluster.member(name)
+        return info.leased == info.committed <= FLOOR and _real(server) == info.committed
+
+    wait_until(at_floor, 15, "back at the floor after the load")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prefix_cache_is_held_until_it_is_bounded_or_trimmed(cluster: Cluster, name: str) -> None:
+    server = _sglang(cluster, name)
+    prompts = equal_prompts(10, 480, seed=2)
+    first = burst(server, prompts, 8)
+    # 30 full blocks each.
+    cached = 10 * 30 * BLOCK
+    wait_until(lambda: cluster.member(name).cached >= cached, 15, "told what is cached")
+    time.sleep(0.5)
+    assert _leased(cluster, name) >= cached
+    hits = server.metrics().get("sglang:cached_tokens_total", 0)
+    assert [a.tokens for a in burst(server, prompts, 8)] == [a.tokens for a in first]
+    # All but the last token of each, in whole blocks.
+    assert server.metrics()["sglang:cached_tokens_total"] >= hits + 10 * 464
+
+    _order(cluster, "cache", name, "4MiB")
+    assert MIB <= cluster.member(name).cached <= 4 * MIB
+    wait_until(lambda: _leased(cluster, name) <= 4 * MIB + FLOOR + 10 * PAGE, 15, "bounded")
+    assert [a.tokens for a in burst(server, prompts, 8)] == [a.tokens for a in first]
+
+    _order(cluster, "trim", name, "--cached")
+    assert cluster.member(name).cached == 0
+    assert _leased(cluster, name) == cluster.member(name).committed == PAGE == _real(server)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_orders_to_an_idle_server_take_effect_at_once(cluster: Cluster, name: str) -> None:
+    server = cluster.servers[name]
+    burst(server, equal_prompts(16, 480, seed=3), 4)
+    assert cluster.member(name).cached >= 14 * MIB
+    time.sleep(1.2)  # by now it sleeps, if it does
+    begin = time.monotonic()
+    for limit in (12, 10, 8, 6, 4, 2):
+        _order(cluster, "limit", name, f"{limit}MiB")
+        assert _leased(cluster, name) <= limit * MIB
+    # A sleeper that is not woken looks around once a second.
+    assert time.monotonic() - begin < 4, "orders were heard late"
+    _order(cluster, "limit", name, "none")
+
+
+def test_a_limit_lowered_under_load(cluster: Cluster, references: References) -> None:
+    server = _sglang(cluster, "awake")
+    prompts, answer = references.growing.prompts, references.growing.max_tokens
+    prompt_bytes = len(prompts) * len(prompts[0]) * TOKEN
+    before = retracted(server)
+    with LedgerWatch(cluster.path) as watch:
+        running = Burst(server, prompts, answer)
+        wait_until(lambda: _leased(cluster, "awake") >= prompt_bytes, 60, "all run")
+        _order(cluster, "limit", "awake", "2MiB")
+        lowered = time.monotonic()
+        wait_retracted(server, before)
+        time.sleep(1.0)
+        assert running.pending > 0
+        raised = time.monotonic()
+        _order(cluster, "limit", "awake", "none")
+        references.growing.check(running.wait())
+    check_account(watch)
+    between = [s.leased["awake"] for s in watch.samples if lowered <= s.at < raised]
+    assert max(between) <= 2 * MIB
+    assert cluster.member("awake").counters["preemptions"] > 0
+
+
+def test_a_request_that_loses_all_its_memory_waits(
+    cluster: Cluster, references: References
+) -> None:
+    server = _sglang(cluster, "awake")
+    prompts, max_tokens, answers = references.growing.prompts[:1], 160, references.growing.answers
+    running = Burst(server, prompts, max_tokens)
+    wait_until(lambda: _leased(cluster, "awake") >= 200 * TOKEN, 60, "it runs")
+    before = retracted(server)
+    _order(cluster, "limit", "awake", "192KiB")
+    wait_retracted(server, before)
+    time.sleep(0.5)
+    assert running.pending == 1 and _leased(cluster, "awake") <= 192 << 10
+    _order(cluster, "limit", "awake", "none")
+    Reference(prompts, max_tokens, answers[:1]).check(running.wait())
+
+
+def test_a_request_waits_for_what_a_neighbour_holds(
+    cluster: Cluster, references: References
+) -> None:
+    server = cluster.servers["awake"]
+    mixed = references.mixed
+    longest = max(range(len(mixed.prompts)), key=lambda index: len(mixed.prompts[index]))
+    needed = len(mixed.prompts[longest]) * TOKEN
+    neighbour: Member = cluster.ledger.join("neighbour")
+    try:
+        assert neighbour.lease(cluster.ledger.available() - needed // 2)
+        waiting = Burst(server, [mixed.prompts[longest]], mixed.max_tokens)
+        wait_until(lambda: cluster.member("awake").demand > 0, 15, "it says what it waits for")
+        time.sleep(1.0)
+        assert waiting.pending == 1
+        # Others are served meanwhile once they are let in: nobody is stuck behind an exception.
+        assert server.get("/health") is not None
+        neighbour.release(neighbour.info().leased)
+        answers = waiting.wait(60)
+    finally:
+        neighbour.leave()
+    Reference([mixed.prompts[longest]], mixed.max_tokens, [mixed.answers[longest]]).check(answers)
+    wait_until(lambda: cluster.member("awake").demand == 0, 15, "it waits no longer")
+
+
+def test_a_sleeper_gives_its_cache(cluster: Cluster) -> None:
+    awake, asleep = (cluster.servers[name] for name in NAMES)
+    burst(asleep, equal_prompts(16, 480, seed=4), 4)
+    assert cluster.member("asleep").cached >= 14 * MIB
+    time.sleep(1.2)  # by now it sleeps
+    with LedgerWatch(cluster.path) as watch:
+        Burst(awake, equal_prompts(18, 480, seed=5), 96).wait()
+    check_account(watch)
+    assert watch.peak_committed("awake") >= 18 * 575 * TOKEN > CAPACITY - 14 * MIB
+    assert cluster.member("asleep").counters["reclaimed_bytes"] >= 10 * MIB
+    assert cluster.member("asleep").passed_over == 0
