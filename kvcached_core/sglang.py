@@ -78,7 +78,7 @@ def check_supported(server_args: Any) -> None:
     Raises:
         ConfigError: one line per obstacle.
     """
-    load_config(server_args)
+    config = load_config(server_args)
     a = server_args
     whole = "addresses the whole KV cache, which is mapped only in part"
     obstacles = {
@@ -99,7 +99,10 @@ def check_supported(server_args: Any) -> None:
         "unified memory lays out the KV cache itself; drop --enable-unified-memory": (
             a.enable_unified_memory
         ),
-        "kvcached's layout is page-major already; drop --enable-page-major-kv-layout": (
+        "the tokens of a block lie side by side; set KVCACHED_LAYOUT to 'block', or unset it": (
+            config.layout != "block"
+        ),
+        "kvcached lays out the KV cache itself; drop --enable-page-major-kv-layout": (
             a.enable_page_major_kv_layout
         ),
         "mixed chunks allocate unchecked; drop --enable-mixed-chunk": a.enable_mixed_chunk,
@@ -384,8 +387,8 @@ class SglangRank:
     def expose(self, labels: Mapping[str, str]) -> None:
         """Add kvcached's series to the engine's metrics."""
         if self._leader is not None:
-            # Not before: prometheus_client looks once, when it is imported, whether the engine's
-            # processes share their metrics, and SGLang says so after it has looked at its arguments.
+            # Not before: prometheus_client looks once, when it is imported, whether the processes
+            # share their metrics, and SGLang says so after it has looked at its arguments.
             from .engine_metrics import EngineMetrics
 
             self._metrics = EngineMetrics("sglang:kvcached_", labels)

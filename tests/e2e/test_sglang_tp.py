@@ -47,9 +47,7 @@ def server(
     env = elastic_env(folder / "ledger", capacity=str(CAPACITY), page_size=str(PAGE))
     # Small chunks, so that the ranks decide often.
     args = ("--tp-size=2", "--chunked-prefill-size=256")
-    server = SglangServer(
-        "tp", models.llama, folder, args, env | ENVIRONMENT, host=sglang_patched
-    )
+    server = SglangServer("tp", models.llama, folder, args, env | ENVIRONMENT, host=sglang_patched)
     try:
         server.start().wait_ready()
         yield server
