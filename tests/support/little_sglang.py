@@ -239,9 +239,9 @@ class LittleSglang:
             self._freed.append(list(blocks))
 
     def land(self) -> None:
-        if self._freed:
-            freed, self._freed = self._freed, []
-            self.allocator.free_array(np.unique(np.concatenate(freed)).astype(np.int32))
+        freed, self._freed = self._freed, []
+        for blocks in freed:  # one by one, as they would land if somebody had looked before
+            self.allocator.free_array(np.unique(blocks).astype(np.int32))
 
     def available(self) -> int:
         self.land()
@@ -251,8 +251,7 @@ class LittleSglang:
         return self.tree.num_cached * self.block_tokens
 
     def _take(self, num_blocks: int) -> list[int]:
-        if num_blocks > self.allocator.num_clean:
-            self.land()
+        self.land()
         # Raises where SGLang would give up: "prefill out of memory".
         return [int(block) for block in self.allocator.allocate_array(num_blocks)]
 

@@ -387,6 +387,36 @@ def test_what_lets_a_request_in_is_told_though_taking_it_costs_the_rank(ledger: 
     assert group.member.info().demand == 0
 
 
+@pytest.mark.parametrize("block_bytes", [PAGE // 4, PAGE])
+def test_a_bounded_cache_is_the_same_on_every_rank(ledger: Ledger, block_bytes: int) -> None:
+    group = make(ledger, 3, block_bytes, join={"cache_limit": 3 * 5 * PAGE})
+    engine = Engine(group)
+    group.plan(load(8 * PAGE // block_bytes))
+    half = 4 * PAGE // block_bytes
+    for blocks in (group.take(half), group.take(half)):
+        for rank in engine.ranks:
+            rank.tree.add(rank.tree.root, 0, blocks, 1)
+    group.plan()
+    assert ("keep", 5 * PAGE // block_bytes) in group.order.acts
+    assert [rank.tree.num_cached for rank in engine.ranks] == [half] * 3
+
+
+def test_pages_of_the_cache_are_emptied_on_every_rank(ledger: Ledger) -> None:
+    group = make(ledger, 3)
+    engine = Engine(group)
+    group.plan(load(10))
+    for blocks in (group.take(4), group.take(6)):
+        for rank in engine.ranks:
+            rank.tree.add(rank.tree.root, 0, blocks, blocks[0])
+    group.plan()
+    neighbour = another(ledger).join("neighbour")
+    neighbour.set_demand((64 - 3 * 8) * PAGE, 1)
+    ops = group.plan()
+    # The older node goes whole, and of its pages as many as were asked for.
+    assert ids(ops.decommit) == {2, 3, 4} and group.allocator.num_clean == 1
+    assert [rank.tree.num_cached for rank in engine.ranks] == [6] * 3
+
+
 def test_what_could_be_had_is_told_in_steps_but_never_too_little(ledger: Ledger) -> None:
     group = make(ledger)  # 1000 virtual blocks: told in steps of 15
     group.plan()

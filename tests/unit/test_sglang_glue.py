@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client import REGISTRY
 
 from kvcached_core import ConfigError, Ledger
 from kvcached_core.lockstep import PassOrder
@@ -334,6 +335,15 @@ def test_the_first_is_let_in_when_all_it_may_make_could_be_had() -> None:
     assert load_of(engine, [], 16).wanted_blocks == -(-(100 + 32) // 16)
 
 
+def test_who_ignores_the_end_makes_all_it_may() -> None:
+    first, other = prompt(100, most=6000), running(32, 20, most=100)
+    for request in (first, other):
+        request.sampling_params.ignore_eos = True
+    load = load_of(Engine(Batch([other]), waiting_queue=[first]), [], 16)
+    assert load is not None
+    assert load.wanted_blocks == -(-(100 + 6000 + 32 + 80) // 16)  # neither cut nor in part
+
+
 def test_what_was_preempted_begins_with_what_it_made() -> None:
     retracted = Req(range(30), [0] * 10)
     load = load_of(Engine(waiting_queue=[retracted]), [], 16)
@@ -431,6 +441,14 @@ class Ranks:
         self.check()
         return wire
 
+    def finish(self, most_turns: int = 1000) -> None:
+        """Go on until nothing is left to do."""
+        for _ in range(most_turns):
+            if self.engines[0].is_idle():
+                return
+            self.turn()
+        pytest.fail("somebody waits for ever")
+
     def write(self, rank: SglangRank) -> None:
         """Use all that may be used: it faults where there is no memory."""
         allocator = rank.allocator
@@ -501,15 +519,14 @@ def test_a_request_runs_and_its_memory_goes_back(ranks: Ranks) -> None:
     ranks.start()
     ledger, size = ranks.ledger(), len(ranks.ranks)
     ranks.turn([Arrival(1, range(200), Sampling(50), 20)])
-    most = 0
-    while not ranks.engines[0].is_idle():
+    for _ in range(10):
         ranks.turn()
         ranks.settle()
         (member,) = ledger.members()
         assert member.committed <= member.leased <= ledger.capacity
-        most = max(most, member.committed)
+    assert member.committed >= size * 4 * PAGE  # 13 blocks and more of 4 a page
+    ranks.finish()
     assert ranks.engines[0].finished == [1]
-    assert most >= size * 4 * PAGE
     # Its prefix is cached; an operator takes it.
     (member,) = ledger.members()
     assert member.cached >= size * 13 * PAGE // 4
@@ -560,8 +577,9 @@ def test_one_rank_sends_no_orders(tmp_path: Path) -> None:
     try:
         arrivals = [Arrival(1, range(300), Sampling(50), 20)]
         assert ranks.turn(arrivals) == arrivals
-        while not ranks.engines[0].is_idle():
+        for _ in range(30):
             assert ranks.turn() == []
+        assert ranks.engines[0].is_idle()
     finally:
         ranks.close()
 
@@ -577,7 +595,7 @@ def test_what_comes_between_is_left_alone(tmp_path: Path) -> None:
         ranks.close()
 
 
-def test_freed_blocks_land_in_the_same_passes_on_all_ranks(tmp_path: Path) -> None:
+def test_freed_blocks_land_in_every_pass_of_every_rank(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, 2, parked_decay_ms=100_000).start()
     try:
         ranks.turn([Arrival(1, range(60), Sampling(100), 100)])
@@ -589,8 +607,8 @@ def test_freed_blocks_land_in_the_same_passes_on_all_ranks(tmp_path: Path) -> No
             wire = ranks.ranks[0].send([])
             assert wire == []  # no order: nothing else makes the second rank look
             assert [rank.receive(wire) for rank in ranks.ranks] == [[], []]
-        for engine in ranks.engines:
-            engine.land()
+            for rank in ranks.ranks:
+                assert block in rank.allocator.free_order()
         ranks.check()
     finally:
         ranks.close()
@@ -620,11 +638,7 @@ def test_two_ranks_stay_equal_at_random_beside_a_neighbour(tmp_path: Path, seed:
                 neighbour.set_demand(rng.choice([0, 5, 40]) * PAGE, 1)
             ranks.turn(received)
         neighbour.leave()
-        for _ in range(1000):
-            if ranks.engines[0].is_idle():
-                break
-            ranks.turn()
-        assert ranks.engines[0].is_idle()
+        ranks.finish(5000)
         ranks.settle()
     finally:
         ranks.close()
@@ -642,6 +656,33 @@ def test_a_request_that_is_given_up_is_waited_for_no_longer(tmp_path: Path) -> N
         ranks.turn()
         assert ranks.engines[0].is_idle()
         assert ranks.ledger().total_demand() == 0
+    finally:
+        ranks.close()
+
+
+def test_the_first_rank_counts_for_all(ranks: Ranks) -> None:
+    ranks.start()
+    for rank in ranks.ranks:
+        rank.count("cache_hits", 16 * 5 + 3)
+        rank.count("cache_evictions", 16 * 2)
+    ranks.turn([Arrival(1, range(20), Sampling(5), 5)])  # a pass tells the ledger
+    (member,) = ranks.ledger().members()
+    assert member.counters["cache_hits"] == 5
+    assert member.counters["cache_evictions"] == 2
+
+
+def test_the_first_rank_exports_what_it_holds(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, 2).start()
+    try:
+        for rank in ranks.ranks:
+            rank.expose({"model_name": "tiny"})  # registering twice would raise
+        ranks.turn([Arrival(1, range(60), Sampling(50), 50)])
+        ranks.settle()
+        time.sleep(0.6)
+        ranks.turn()
+        (member,) = ranks.ledger().members()
+        name, labels = "sglang:kvcached_committed_bytes", {"model_name": "tiny"}
+        assert member.committed == REGISTRY.get_sample_value(name, labels) > 0
     finally:
         ranks.close()
 
@@ -699,13 +740,21 @@ def test_a_waker_is_readable_until_it_is_drained() -> None:
     assert readable(waker.fd, 10)
 
 
+def falls_asleep(ranks: Ranks, fd: int) -> None:
+    for _ in range(50):
+        if not readable(fd, 0.1):
+            return
+        ranks.turn()
+    pytest.fail("something wakes it again and again")
+
+
 def test_a_sleeping_engine_is_woken_when_another_member_asks(ranks: Ranks) -> None:
     ranks.start()
     fds = [rank.wake_fd() for rank in ranks.ranks]
     assert fds[0] is not None and all(fd is None for fd in fds[1:])
     ranks.turn([Arrival(1, range(200), Sampling(50), 20)])
-    while not ranks.engines[0].is_idle() or readable(fds[0], 0.1):
-        ranks.turn()
+    ranks.finish()
+    falls_asleep(ranks, fds[0])
     member = ranks.ledger().members()[0]
     assert member.cached > 0
     neighbour = ranks.ledger().join("neighbour")
@@ -719,12 +768,21 @@ def test_a_sleeping_engine_is_woken_when_another_member_asks(ranks: Ranks) -> No
         if readable(fds[0], 1):
             ranks.turn()
     assert neighbour.lease(all_but_null_blocks)
-    neighbour.leave()
+    falls_asleep(ranks, fds[0])
 
 
 def test_an_engine_that_cannot_run_waits_a_moment_for_memory(ranks: Ranks) -> None:
     ranks.start()
+    ranks.ranks[0].pause()  # there was news: the engine joined
     begin = time.monotonic()
-    for rank in ranks.ranks:
-        rank.pause()
-    assert time.monotonic() - begin < 5
+    ranks.ranks[0].pause()
+    assert 0.001 < time.monotonic() - begin < 5
+    for rank in ranks.ranks[1:]:
+        rank.pause()  # the first one's is enough, as the others wait for it
+
+
+def test_closing_twice_is_closing(ranks: Ranks) -> None:
+    ranks.start()
+    ranks.close()
+    ranks.close()
+    assert ranks.ledger().members() == []
