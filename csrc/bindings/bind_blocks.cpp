@@ -27,9 +27,8 @@ using Array = nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>;
 
 Array array(std::unique_ptr<std::vector<int32_t>> values) {
   std::vector<int32_t>* owned = values.release();
-  const nb::capsule owner(owned, [](void* p) noexcept {
-    delete static_cast<std::vector<int32_t>*>(p);
-  });
+  const nb::capsule owner(owned,
+                          [](void* p) noexcept { delete static_cast<std::vector<int32_t>*>(p); });
   return Array(owned->data(), {owned->size()}, owner);
 }
 
@@ -166,8 +165,8 @@ void bind_blocks(nb::module_& m) {
           "n"_a, "As allocate, into a numpy array of int32.")
       .def(
           "free_array",
-          [](BlockAllocator& self, const nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig,
-                                                     nb::device::cpu>& blocks) {
+          [](BlockAllocator& self,
+             const nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& blocks) {
             check(self.free({blocks.data(), blocks.shape(0)}));
           },
           // Converting would cut what does not fit, and copy behind the caller's back.
