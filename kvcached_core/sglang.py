@@ -43,6 +43,8 @@ and a page of memory is empty only when the last of them is gone."""
 _LOOK_S = 0.02
 _PAUSE_MS = 2
 _METRICS_S = 0.5
+_STUCK_PASSES = 100
+"""Passes in which nothing ran, of 2 ms at most each: others had the time to answer an ask."""
 _STRIDED_BACKENDS = frozenset({"fa3", "flashinfer", "torch_native", "triton"})
 """Attention backends that find a token's row by the tensor's own stride."""
 
@@ -218,6 +220,8 @@ class SglangRank:
         self._metrics: EngineMetrics | None = None
         self._exported_at = 0.0
         self._busy = False
+        self._passes = self._stuck = 0
+        self._stuck_at = -1
         self._looked_at = 0.0
         self._heard = -1
         self.virtual_bytes, self._static_bytes = self._size(
@@ -350,6 +354,7 @@ class SglangRank:
     def receive(self, received: list[Any]) -> list[Any]:
         """On every rank: take the order out of what was received, and carry it out."""
         self.land()  # also without an order: at the same time on every rank
+        self._passes += 1
         if not received or not isinstance(received[-1], PassOrder):
             return received
         if self._replica is not None:
@@ -379,10 +384,20 @@ class SglangRank:
             self._metrics.update(scheduler.stats())
         return scheduler.attend()
 
-    def pause(self) -> None:
-        """Requests wait and nothing can run: wait a moment for memory."""
+    def pause(self) -> bool:
+        """Requests wait and nothing can run: wait a moment for memory.
+
+        Called on every rank, in the same passes.
+
+        Returns:
+            Whether that has been so for long: then a request that waits between two chunks should
+            give up what it holds, since others may wait for just that.
+        """
+        self._stuck = self._stuck + 1 if self._stuck_at == self._passes - 1 else 1
+        self._stuck_at = self._passes
         if self._leader is not None:
             self._leader.scheduler.pause(_PAUSE_MS)
+        return self._stuck % _STUCK_PASSES == 0
 
     def expose(self, labels: Mapping[str, str]) -> None:
         """Add kvcached's series to the engine's metrics."""

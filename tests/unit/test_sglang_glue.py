@@ -25,6 +25,7 @@ from prometheus_client import REGISTRY
 from kvcached_core import ConfigError, Ledger
 from kvcached_core.lockstep import PassOrder
 from kvcached_core.sglang import (
+    _STUCK_PASSES,
     SglangRank,
     check_backends,
     check_model,
@@ -786,3 +787,17 @@ def test_closing_twice_is_closing(ranks: Ranks) -> None:
     ranks.close()
     ranks.close()
     assert ranks.ledger().members() == []
+
+
+def test_an_engine_that_can_run_nothing_for_long_is_told(ranks: Ranks) -> None:
+    ranks.start()
+    for rank in ranks.ranks:
+        told = []
+        for _ in range(2 * _STUCK_PASSES):
+            rank.receive([])
+            told.append(rank.pause())
+        assert [i + 1 for i, now in enumerate(told) if now] == [_STUCK_PASSES, 2 * _STUCK_PASSES]
+        rank.receive([])  # something ran
+        for _ in range(_STUCK_PASSES - 1):
+            rank.receive([])
+            assert not rank.pause()
