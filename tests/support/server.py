@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import re
@@ -143,6 +144,17 @@ class HttpServer(ABC):
     def get(self, path: str, timeout_s: float = 10.0) -> str:
         with urllib.request.urlopen(self.url + path, timeout=timeout_s) as response:
             return str(response.read().decode())
+
+    def post(self, path: str, body: dict[str, Any], timeout_s: float = 60.0) -> tuple[int, str]:
+        """Status and text of the answer, good or bad."""
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
 
     def metrics(self) -> dict[str, float]:
         """The /metrics page, each series summed over its labels."""

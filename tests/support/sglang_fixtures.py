@@ -23,7 +23,7 @@ PROMPTS = [*mixed_batches(batches=1, batch_size=26)[0], *twins(PAIRS)]
 PROMPT_TOKENS = 24
 # Many short ones that grow: what is taken from them is taken while they run.
 GROWING = equal_prompts(12, 200, seed=900)
-GROWING_TOKENS = 160
+GROWING_TOKENS = 120
 TIE = 1e-4
 """How a request is batched changes its logits in the last bits, far less than this."""
 
@@ -81,6 +81,8 @@ class References:
 
     mixed: Reference
     growing: Reference
+    series: frozenset[str]
+    """Names on its /metrics."""
 
     def __post_init__(self) -> None:
         answers = [[token for token, _ in answer] for answer in self.mixed.answers]
@@ -100,7 +102,8 @@ def ask_stock(server: SglangServer) -> References:
             check_complete(answers, max_tokens)
             tokens: list[Any] = [answer.tokens for answer in answers]
             found.append(Reference(prompts, max_tokens, tokens))
-        return References(*found)
+        mixed, growing = found
+        return References(mixed, growing, frozenset(server.metrics()))
     finally:
         server.stop()
 

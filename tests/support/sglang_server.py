@@ -144,8 +144,9 @@ class SglangServer(HttpServer):
         host: SglangHost | None = None,
     ) -> None:
         assert host is None or host.flavor == flavor
-        # Else it looks for a free one itself, long before it listens there.
-        ports = (f"--nccl-port={free_port()}",)
+        # Else it looks for a free one itself, long before it listens there; replicas must.
+        replicas = any(arg.startswith("--dp-size") for arg in args)
+        ports = () if replicas else (f"--nccl-port={free_port()}",)
         env = sglang_environment(flavor, env)
         super().__init__(name, model, folder, (*ARGS, *ports, *args), env)
         self._host = host
@@ -158,6 +159,12 @@ class SglangServer(HttpServer):
         if self._host is None:
             return super()._launch()
         return self._host.fork(self.arguments(), self._env, self.log)
+
+    def stop(self, timeout_s: float = 30.0) -> int:
+        """Ends it at once: told to end, it drains for seconds, and kills its processes then."""
+        if self.code is None and self._process is not None:
+            self.kill()
+        return super().stop(timeout_s)
 
     def request(self, prompt: Prompt, max_tokens: int) -> tuple[str, dict[str, Any]]:
         sampling = {"max_new_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True}
