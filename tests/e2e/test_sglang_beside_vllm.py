@@ -10,7 +10,7 @@ import pytest
 from tests.e2e.conftest import SERVER_ARGS, Models
 from tests.support.cluster import MIB, Cluster
 from tests.support.elastic import check_account
-from tests.support.load import check_complete
+from tests.support.load import Burst, check_complete
 from tests.support.prompts import equal_prompts
 from tests.support.server import Answer, burst
 from tests.support.sglang_fixtures import check_unhurt
@@ -42,22 +42,40 @@ def cluster(
         cluster.stop()
 
 
-def test_bursts_in_turn_reach_into_each_others_memory(cluster: Cluster) -> None:
+def _check_same(solo: list[Answer], answers: list[Answer]) -> None:
+    # A tie may go either way in another batch.
+    equal = sum(a.tokens == b.tokens for a, b in zip(solo, answers, strict=True))
+    assert equal >= BURST - 1
+
+
+def test_bursts_in_turn_and_at_once(cluster: Cluster) -> None:
     prompts = equal_prompts(BURST, LENGTH, 77)
     sglang = cluster.servers["sglang"]
     assert isinstance(sglang, SglangServer)
-    answers: dict[str, list[Answer]] = {}
+    solo: dict[str, list[Answer]] = {}
     with LedgerWatch(cluster.path) as watch:
         for name in ("vllm", "sglang", "vllm", "sglang"):
             found = burst(cluster.servers[name], prompts, ANSWER)
             check_complete(found, ANSWER)
-            before = answers.setdefault(name, found)
             # What was evicted for the other is computed anew, to the same end.
-            equal = sum(a.tokens == b.tokens for a, b in zip(before, found, strict=True))
-            assert equal >= BURST - 1  # a tie may go either way in another batch
+            _check_same(solo.setdefault(name, found), found)
     check_account(watch)
     # Either keeps its prefix cache until the other asks, so each took more than half back.
     for name in cluster.servers:
         assert watch.peak_committed(name) > MOST
         assert cluster.member(name).counters["reclaimed_bytes"] > 0
+
+    for name in cluster.servers:
+        cluster.empty(name)
+    with LedgerWatch(cluster.path) as watch:
+        bursts = {
+            name: Burst(server, prompts, ANSWER) for name, server in cluster.servers.items()
+        }
+        for name, running in bursts.items():
+            _check_same(solo[name], running.wait())
+    check_account(watch)
+    # They met: together they want half as much again as there is.
+    assert watch.peak_leased() > 0.9 * CAPACITY
+    for name in cluster.servers:
+        assert watch.peak_committed(name) > CAPACITY // 4
     check_unhurt(sglang)
