@@ -68,9 +68,7 @@ def test_bursts_in_turn_and_at_once(cluster: Cluster) -> None:
     for name in cluster.servers:
         cluster.empty(name)
     with LedgerWatch(cluster.path) as watch:
-        bursts = {
-            name: Burst(server, prompts, ANSWER) for name, server in cluster.servers.items()
-        }
+        bursts = {name: Burst(server, prompts, ANSWER) for name, server in cluster.servers.items()}
         for name, running in bursts.items():
             _check_same(solo[name], running.wait())
     check_account(watch)
