@@ -126,10 +126,13 @@ def test_living_members_with_another_capacity(refused: Refused, tmp_path: Path) 
     member.leave()
 
 
-def test_the_command_line_ends_and_leaves_nothing(models: Models, tmp_path: Path) -> None:
+def test_a_refused_server_leaves_no_process(
+    models: Models, sglang_patched: SglangHost, tmp_path: Path
+) -> None:
     env = elastic_env(tmp_path / "ledger", page_size="1000")
-    server = SglangServer("refused", models.llama, tmp_path, (), env).start()
+    server = SglangServer("refused", models.llama, tmp_path, (), env, host=sglang_patched)
     try:
+        server.start()
         with pytest.raises(RuntimeError, match=r"ended with -?[1-9]"):
             server.wait_ready(120)
         wait_until(lambda: not _is_there(server.pid), 10, "no process of it is left")

@@ -13,6 +13,7 @@ from types import TracebackType
 import psutil
 
 from kvcached_core import Ledger
+from kvcached_core._core import VmmError
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,16 @@ def read(ledger: Ledger) -> Sample:
     )
 
 
+def _open(path: Path) -> Ledger | None:
+    """The ledger, unless the engine that makes the file is about to fill it."""
+    try:
+        return Ledger(path)
+    except VmmError as error:
+        if "unfinished" in str(error):
+            return None
+        raise
+
+
 class LedgerWatch:
     """A thread that samples a ledger from the moment its file exists."""
 
@@ -58,13 +69,13 @@ class LedgerWatch:
             self._error = error
 
     def _watch(self) -> None:
-        while not self.path.exists():
-            if self._stop.wait(self._period_s):
-                return
-        ledger = Ledger(self.path)
-        self.capacity = ledger.capacity
+        ledger: Ledger | None = None
         while not self._stop.wait(self._period_s):
-            self.samples.append(read(ledger))
+            if ledger is not None:
+                self.samples.append(read(ledger))
+            elif self.path.exists():
+                ledger = _open(self.path)
+                self.capacity = ledger.capacity if ledger is not None else 0
 
     def __enter__(self) -> LedgerWatch:
         self._thread.start()
