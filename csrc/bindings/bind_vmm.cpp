@@ -298,9 +298,10 @@ void bind_mapper(nb::module_& m) {
       .def(
           "__init__",
           [](PyMapper* self, nb::handle_t<PyArena> arena, std::uint32_t retry_ms,
-             nb::object on_freed) {
+             nb::object on_freed, std::int64_t pace_pages, int pace_rest) {
             Mapper::OnFreed release;
             Mapper::OnMoved account;
+            Pace pace{pace_pages, pace_rest, {}};
             if (!on_freed.is_none()) {
               Member* member = nb::cast<Member*>(on_freed);
               release = [member](std::size_t bytes) {
@@ -311,13 +312,19 @@ void bind_mapper(nb::module_& m) {
                 if (moved.mapped != 0) (void)member->count(Counter::commits, moved.mapped);
                 if (moved.returned != 0) (void)member->count(Counter::decommits, moved.returned);
               };
+              pace.hurry = [member] {
+                bool wait = false;
+                return member->others_wait(wait).ok() && wait;
+              };
             }
-            new (self) PyMapper(std::make_unique<Mapper>(*nb::cast<PyArena&>(arena).value,
-                                                         std::chrono::milliseconds(retry_ms),
-                                                         std::move(release), std::move(account)),
-                                {nb::borrow(arena), on_freed});
+            new (self)
+                PyMapper(std::make_unique<Mapper>(
+                             *nb::cast<PyArena&>(arena).value, std::chrono::milliseconds(retry_ms),
+                             std::move(release), std::move(account), std::move(pace)),
+                         {nb::borrow(arena), on_freed});
           },
-          "arena"_a, "retry_ms"_a = 0, "on_freed"_a = nb::none())
+          "arena"_a, "retry_ms"_a = 0, "on_freed"_a = nb::none(), "pace_pages"_a = 4,
+          "pace_rest"_a = 3)
       .def(
           "commit_now",
           [](PyMapper& self, const Pairs& ranges) { check(self->commit_now(ranges_of(ranges))); },

@@ -91,18 +91,7 @@ Status Ledger::total_leased(uint64_t& bytes) {
 Status Ledger::total_demand(int except_slot, uint64_t& bytes) {
   Section section;
   if (Status status = section.enter(*file_); !status.ok()) return status;
-  const int64_t now = monotonic_ns();
-  uint64_t sum = 0;
-  for (int index = 0; index < kSlots; ++index) {
-    const Slot& slot = file_->slot(index);
-    if (slot.generation.load() == 0 || index == except_slot) continue;
-    if (Status status = check_slot(slot, index, kMaxBytes); !status.ok()) return status;
-    // The dead wait for nothing.
-    const uint64_t demand = fresh_demand(slot, now);
-    if (demand != 0 && file_->alive(index)) sum += demand;
-  }
-  bytes = sum;
-  return {};
+  return demand_of_others(*file_, except_slot, bytes);
 }
 
 Status Ledger::members(std::vector<MemberInfo>& out) {

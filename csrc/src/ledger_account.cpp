@@ -116,6 +116,20 @@ Status tally(LedgerFile& file, Tally& out) {
   return {};
 }
 
+Status demand_of_others(LedgerFile& file, int except_slot, uint64_t& bytes) {
+  const int64_t now = monotonic_ns();
+  uint64_t sum = 0;
+  for (int index = 0; index < kSlots; ++index) {
+    const Slot& slot = file.slot(index);
+    if (slot.generation.load() == 0 || index == except_slot) continue;
+    if (Status status = check_slot(slot, index, kMaxBytes); !status.ok()) return status;
+    const uint64_t demand = fresh_demand(slot, now);
+    if (demand != 0 && file.alive(index)) sum += demand;
+  }
+  bytes = sum;
+  return {};
+}
+
 MemberInfo describe(LedgerFile& file, int index) {
   const Slot& slot = file.slot(index);
   const int64_t now = monotonic_ns();

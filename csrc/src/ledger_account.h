@@ -30,6 +30,8 @@ inline constexpr int64_t kPassedNs = 3'000'000'000;  // and is left in peace aft
 Status tally(LedgerFile& file, Tally& out);
 // 0 if it was posted too long ago.
 uint64_t fresh_demand(const Slot& slot, int64_t now);
+// What all members but one wait for; the dead wait for nothing.
+Status demand_of_others(LedgerFile& file, int except_slot, uint64_t& bytes);
 MemberInfo describe(LedgerFile& file, int index);
 // Frees the slots of the dead; says who they were if asked to.
 void reap_dead(LedgerFile& file, std::vector<MemberInfo>* reaped);

@@ -208,6 +208,15 @@ Status Member::ask(uint64_t& soft, uint64_t& running) {
   });
 }
 
+Status Member::others_wait(bool& wait) {
+  return locked([&] {
+    uint64_t bytes = 0;
+    Status status = demand_of_others(*file_, index_, bytes);
+    wait = bytes != 0;
+    return status;
+  });
+}
+
 Status Member::policy(Policy& out) {
   return locked([&] {
     const Slot& slot = file_->slot(index_);

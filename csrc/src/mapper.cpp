@@ -7,15 +7,17 @@
 namespace kvc {
 namespace {
 
-constexpr std::int64_t kPagesAtOnce = 32;  // of a long decommit
+constexpr std::size_t kManyJobs = 16;  // with more than these, no rest
 
 }  // namespace
 
-Mapper::Mapper(Arena& arena, std::chrono::milliseconds retry, OnFreed on_freed, OnMoved on_moved)
+Mapper::Mapper(Arena& arena, std::chrono::milliseconds retry, OnFreed on_freed, OnMoved on_moved,
+               Pace pace)
     : arena_(arena),
       retry_(retry),
       on_freed_(std::move(on_freed)),
       on_moved_(std::move(on_moved)),
+      pace_(std::move(pace)),
       mapped_seen_(arena.calls().map),
       thread_([this] { work(); }) {}
 
@@ -104,7 +106,10 @@ std::uint64_t Mapper::ticket(Chosen chosen) const {
 }
 
 Status Mapper::wait_for(Lock& lock, std::uint64_t ticket) {
+  ++waiting_;
+  changed_.notify_all();  // a worker that rests
   changed_.wait(lock, [&] { return done_ >= ticket; });
+  --waiting_;
   return std::exchange(kept_, {});
 }
 
@@ -154,7 +159,7 @@ Status Mapper::run(const Job& job) {
   // Piece by piece: whoever waits for the bytes takes the first while we give up the last.
   const Geometry& geometry = arena_.geometry();
   const std::int64_t most =
-      std::max<std::int64_t>(1, kPagesAtOnce * geometry.page_bytes / geometry.block_bytes);
+      std::max<std::int64_t>(1, pace_.pages * geometry.page_bytes / geometry.block_bytes);
   std::vector<BlockRange> piece;
   std::int64_t room = most;
   for (BlockRange rest : job.ranges) {
@@ -173,12 +178,26 @@ Status Mapper::run(const Job& job) {
 }
 
 Status Mapper::decommit(std::span<const BlockRange> ranges) {
+  const auto begin = std::chrono::steady_clock::now();
   std::size_t returned = 0;
   Status status = arena_.decommit(ranges, &returned);
   freed(returned);
   const std::size_t pages = returned / static_cast<std::size_t>(arena_.geometry().page_bytes);
   if (on_moved_ && pages != 0) on_moved_({-1, 0, pages});
+  rest_after(std::chrono::steady_clock::now() - begin);
   return status;
+}
+
+bool Mapper::in_a_hurry() const {
+  return stopping_ || waiting_ != 0 || queue_.size() > kManyJobs ||
+         std::any_of(queue_.begin(), queue_.end(),
+                     [](const Job& job) { return job.kind == Kind::commit; });
+}
+
+void Mapper::rest_after(std::chrono::steady_clock::duration work) {
+  if (pace_.rest == 0 || (pace_.hurry && pace_.hurry())) return;
+  Lock lock(mutex_);
+  changed_.wait_for(lock, pace_.rest * work, [this] { return in_a_hurry(); });
 }
 
 void Mapper::work() {

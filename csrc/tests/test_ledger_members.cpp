@@ -42,6 +42,12 @@ std::pair<uint64_t, uint64_t> ask(Member& member) {
   return out;
 }
 
+bool others_wait(Member& member) {
+  bool wait = false;
+  REQUIRE(member.others_wait(wait).ok());
+  return wait;
+}
+
 uint64_t claimable(Member& member) {
   uint64_t out = 0;
   REQUIRE(member.claimable(out).ok());
@@ -222,6 +228,8 @@ TEST_CASE("demand counts for five seconds") {
   CHECK(bell(*m) == before + 1);
   CHECK(info(*n).waiting == 3);
   CHECK(ask(*m) == std::pair<uint64_t, uint64_t>{150, 0});
+  CHECK(others_wait(*m));
+  CHECK_FALSE(others_wait(*n));
   CHECK(claimable(*m) == 0);
   CHECK(events(*a, "ask").at(0).text == "for slot 1, n");
   const Raw raw(dir.ledger());
@@ -229,6 +237,7 @@ TEST_CASE("demand counts for five seconds") {
   CHECK(ask(*m).first == 150);
   Raw::age(raw.slot(*n).demand_ns, 1'100'000'000);
   CHECK(ask(*m).first == 0);
+  CHECK_FALSE(others_wait(*m));
   CHECK(claimable(*m) == 100);
   CHECK(info(*n).demand == 0);
   uint64_t sum = 1;

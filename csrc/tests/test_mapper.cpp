@@ -70,10 +70,13 @@ struct World {
 
   std::atomic<std::size_t> freed{0};
 
-  explicit World(std::size_t capacity = kCapacity, std::chrono::milliseconds retry = {})
+  explicit World(std::size_t capacity = kCapacity, std::chrono::milliseconds retry = {},
+                 Pace pace = {})
       : memory(host(capacity)), faults(*memory), gate(faults), pool(gate, kPage, 0) {
     REQUIRE_OK(Arena::open(gate, pool, {kPageSize, kPageSize, 64, 1}, {}, &arena));
-    mapper.emplace(*arena, retry, [this](std::size_t bytes) { freed += bytes; });
+    mapper.emplace(
+        *arena, retry, [this](std::size_t bytes) { freed += bytes; }, Mapper::OnMoved{},
+        std::move(pace));
   }
 };
 
@@ -109,6 +112,56 @@ TEST_CASE("a decommit waits for the device, and is fenced after it was asked for
   CHECK_FALSE(w.arena->is_committed(1));
   CHECK_FALSE(readable(block_address(*w.arena, 1, 0)));
   CHECK(w.faults.calls(Op::fence) == 1);
+}
+
+// With rests that outlast any test, one piece is done, and no other until somebody is in a hurry.
+const Pace kRests{1, 1000000, {}};
+
+struct Resting : World {
+  explicit Resting(Pace pace = kRests) : World(kCapacity, {}, std::move(pace)) {
+    REQUIRE_OK(mapper->commit_now(Ranges{{1, 9}}));
+    faults.set_latency(Op::unmap, 1000);
+    REQUIRE_OK(mapper->decommit_later(Ranges{{1, 9}}));
+    while (freed == 0) std::this_thread::yield();
+  }
+};
+
+TEST_CASE("a long decommit rests between its pieces") {
+  Resting w;
+  std::this_thread::sleep_for(50ms);
+  CHECK(w.freed == kPage);
+  CHECK(w.mapper->pending() == 1);
+  w.mapper->stop();  // nothing is left undone
+  CHECK(w.freed == 8 * kPage);
+}
+
+TEST_CASE("a decommit does not rest while somebody waits for it") {
+  Resting w;
+  REQUIRE_OK(w.mapper->drain());
+  CHECK(w.freed == 8 * kPage);
+}
+
+TEST_CASE("a decommit does not rest before a commit") {
+  Resting w;
+  REQUIRE_OK(w.mapper->commit_ahead(Ranges{{20, 21}}));
+  while (w.mapper->pending() != 0) std::this_thread::yield();
+  CHECK(w.freed == 8 * kPage);
+}
+
+TEST_CASE("a decommit does not rest when told to hurry") {
+  Resting w({1, 1000000, [] { return true; }});
+  while (w.mapper->pending() != 0) std::this_thread::yield();
+  CHECK(w.freed == 8 * kPage);
+}
+
+TEST_CASE("many decommits do not pile up") {
+  Resting w;
+  REQUIRE_OK(w.mapper->commit_now(Ranges{{20, 60}}));
+  for (std::int64_t block = 20; block < 60; ++block) {
+    REQUIRE_OK(w.mapper->decommit_later(Ranges{{block, block + 1}}));
+  }
+  while (w.mapper->pending() > 16) std::this_thread::yield();
+  CHECK(w.freed >= 31 * kPage);
 }
 
 TEST_CASE("commit_now waits for commits queued before it") {

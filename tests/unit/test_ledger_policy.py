@@ -355,6 +355,31 @@ def test_events_are_numbered(ledger: Ledger) -> None:
     assert [event.seq for event in ledger.events()] == list(range(47, 303))
 
 
+def test_a_mapper_hurries_while_another_member_waits(path: Path) -> None:
+    ledger = Ledger(path, 1 << 30)
+    member, other = ledger.join("m"), ledger.join("other")
+    backend = HostBackend("policy-test", 1 << 28)
+    page = backend.granularity
+    arena = Arena(backend, PagePool(backend, page), Geometry(page, page, 64, 1))
+    assert member.lease(64 * page)
+    # Rests that outlast the test, after a page each: it ends only if there are none.
+    mapper = Mapper(arena, on_freed=member, pace_pages=1, pace_rest=100_000_000)
+    mapper.commit_now([(1, 40)])
+    other.set_demand(page, 1)
+    mapper.decommit_later([(1, 40)])
+    deadline = time.monotonic() + 20
+    while mapper.pending and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not mapper.pending
+    other.set_demand(0, 0)
+    mapper.commit_now([(1, 40)])
+    mapper.decommit_later([(1, 40)])
+    time.sleep(0.1)
+    assert mapper.pending
+    mapper.stop()
+    arena.close()
+
+
 def test_a_mapper_times_what_it_commits(path: Path) -> None:
     ledger = Ledger(path, 1 << 30)
     member = ledger.join("m")

@@ -137,6 +137,7 @@ class Member {
   // What this member waits for, and how many requests of it do. Counts for 5 s, then post it again.
   Status set_demand(int64_t bytes, int64_t waiting = 0);
   Status set_returning(int64_t bytes);
+  Status others_wait(bool& wait);  // whether any other member has a demand
   // Of what is leased, the bytes it could not give back whoever asked: they are never asked for.
   Status set_pinned(int64_t bytes);
   Status touch();  // a step ran now

@@ -17,6 +17,15 @@
 
 namespace kvc {
 
+// The driver does one thing at a time, so a long decommit holds up whoever launches kernels
+// meanwhile. It is done in pieces of `pages`, with a rest after each that is `rest` times as long
+// as the piece took; without rests while somebody waits for it, or `hurry` says so.
+struct Pace {
+  std::int64_t pages = 4;
+  int rest = 3;
+  std::function<bool()> hurry;
+};
+
 // One background thread runs what is queued in order, one at a time. commit_now runs on the
 // caller's thread; it waits for every commit queued before it and for every decommit that shares a
 // page with it (so that pages come and go in the order they were promised), but passes other
@@ -41,7 +50,7 @@ class Mapper {
   };
   using OnMoved = std::function<void(const Moved&)>;
   explicit Mapper(Arena& arena, std::chrono::milliseconds retry = {}, OnFreed on_freed = {},
-                  OnMoved on_moved = {});
+                  OnMoved on_moved = {}, Pace pace = {});
   Mapper(const Mapper&) = delete;
   Mapper& operator=(const Mapper&) = delete;
   ~Mapper() { stop(); }
@@ -79,18 +88,22 @@ class Mapper {
   std::uint64_t newly_mapped();
   Status run(const Job& job);
   Status decommit(std::span<const BlockRange> ranges);
+  void rest_after(std::chrono::steady_clock::duration work);
+  bool in_a_hurry() const;
   void work();
 
   Arena& arena_;
   const std::chrono::milliseconds retry_;
   const OnFreed on_freed_;
   const OnMoved on_moved_;
+  const Pace pace_;
   std::atomic<std::uint64_t> mapped_seen_;  // of the arena's calls, those on_moved_ was told
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;  // a job was queued or done, or stop was asked for
   std::deque<Job> queue_;            // the job at work is still at the front
   std::uint64_t done_ = 0;
+  int waiting_ = 0;
   bool stopping_ = false;
   Status kept_;
   std::thread thread_;  // last: it uses all of the above
