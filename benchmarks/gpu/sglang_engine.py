@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from benchmarks.gpu.tokens_and_throughput import LLAMA_8B, DeviceMemory, greedy_
 from tests.support.prompts import equal_prompts
 from tests.support.tiny_model import LLAMA, make_tiny_model
 
+MLA_2B = replace(LLAMA_8B, arch="mla", layers=24, heads=16, hidden=2048, intermediate=10944)
 WEIGHTS = "benchmarks.gpu.weights.load_use_attention"
 
 
@@ -47,7 +49,7 @@ def members() -> list[dict[str, Any]]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     memory = DeviceMemory()
     report: dict[str, Any] = {"label": args.label, "memory_mib": {"before": memory.used() >> 20}}
-    spec = LLAMA if args.tiny else LLAMA_8B
+    spec = LLAMA if args.tiny else MLA_2B if args.mla else LLAMA_8B
     with tempfile.TemporaryDirectory() as folder:
         import sglang
 
@@ -109,6 +111,7 @@ def main() -> None:
     parser.add_argument("--token-outputs", type=int, default=48)
     parser.add_argument("--settle", type=float, default=4.0, help="seconds idle before the end")
     parser.add_argument("--engine", default="{}", help="further arguments of the engine, as JSON")
+    parser.add_argument("--mla", action="store_true", help="latent attention, 2B parameters")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
     print("REPORT " + json.dumps(run(parser.parse_args())), flush=True)
 

@@ -31,3 +31,5 @@ def use_attention(model: Any) -> int:
 def load_use_attention(model: Any, _: Any) -> None:
     """As SGLang's custom weight loaders are called."""
     use_attention(model)
+    if hasattr(model, "post_load_weights"):
+        model.post_load_weights()  # latent attention keeps parts of a projection by themselves

@@ -31,7 +31,9 @@ CHAT_TEMPLATE = (
 class TinySpec:
     """Shape of a tiny model. In float32 one token takes `kv_bytes_per_token` of KV cache."""
 
-    arch: str = "llama"  # or "gemma3": five sliding-window layers, then one full layer
+    arch: str = "llama"
+    """Or "gemma3": five sliding-window layers, then one full layer; or "mla": latent attention as
+    in DeepSeek V2, no experts, no weights."""
     layers: int = 4
     heads: int = 8
     kv_heads: int = 2
@@ -96,7 +98,38 @@ def _config(spec: TinySpec) -> dict[str, Any]:
             "sliding_window": spec.sliding_window,
             "tie_word_embeddings": True,
         }
-    raise ValueError(f"unknown arch {spec.arch!r}: use llama or gemma3")
+    if spec.arch == "mla":
+        return common | {
+            "architectures": ["DeepseekV2ForCausalLM"],
+            "model_type": "deepseek_v2",
+            "first_k_dense_replace": spec.layers,
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "kv_lora_rank": 512,
+            "moe_layer_freq": 1,
+            "moe_intermediate_size": spec.intermediate,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "num_key_value_heads": spec.heads,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": spec.head_dim,
+            "qk_rope_head_dim": 64,
+            "rms_norm_eps": 1e-6,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 2.0,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+                "original_max_position_embeddings": spec.max_len // 2,
+            },
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+            "v_head_dim": spec.head_dim,
+        }
+    raise ValueError(f"unknown arch {spec.arch!r}: use llama, gemma3 or mla")
 
 
 def _weights(spec: TinySpec) -> dict[str, Any]:
