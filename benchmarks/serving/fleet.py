@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The servers of one system: started, warmed up, watched, and ended whatever happens."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.serving.systems import System
+from kvcached_core.config import Config
+from kvcached_core.mps import Mps, client_environment
+from tests.support.server import Server
+
+NAMES = ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi", "ivan", "judy")
+
+
+def names(count: int) -> list[str]:
+    """Of so many servers."""
+    return [NAMES[i] if i < len(NAMES) else f"server{i}" for i in range(count)]
+
+
+class StartFailed(RuntimeError):
+    """A server did not become ready; the message ends with the end of its output."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the servers of a system have in common."""
+
+    system: System
+    model: Path
+    args: Sequence[str]
+    env: dict[str, str]
+    logs: Path
+    ledger: Path
+    fixed: bool = False
+    """Whether the servers run with what makes CPU engines comparable."""
+    start_limit_s: float = 240.0
+    start: str = ""
+    """Overrides the system's own order of starting."""
+
+
+@dataclass
+class Fleet:
+    """Running servers."""
+
+    servers: list[Server]
+    start_s: dict[str, float] = field(default_factory=dict)
+    retried: dict[str, str] = field(default_factory=dict)
+    """Servers that became ready at the second try only, and what was wrong with the first."""
+    mps: Mps | None = None
+    ledger: Path | None = None
+
+    def preemptions(self) -> list[float]:
+        """Of each server, since it started."""
+        return [s.metrics().get("vllm:num_preemptions_total", 0.0) for s in self.servers]
+
+    def dead(self) -> list[str]:
+        """Servers that ended by themselves."""
+        return [s.name for s in self.servers if s.code is not None]
+
+    def tails(self, size: int = 2000) -> dict[str, str]:
+        """The end of every server's output."""
+        return {server.name: server.output()[-size:] for server in self.servers}
+
+
+@contextmanager
+def running(plan: Plan, count: int) -> Iterator[Fleet]:
+    """`count` servers, ready.
+
+    Raises:
+        StartFailed: one of them is not, at the second try either.
+        MpsError: MPS was asked for and cannot run.
+    """
+    system = plan.system
+    fleet = Fleet([], ledger=plan.ledger if system.kind == "elastic" else None)
+    with ExitStack() as stack:
+        env = dict(plan.env)
+        if system.mps:
+            fleet.mps = Mps()
+            running_already = fleet.mps.pid() is not None
+            fleet.mps.start()
+            if not running_already:
+                stack.callback(fleet.mps.stop, force=True)
+            env |= client_environment(Config(), fleet.mps.directory)
+        stack.callback(_stop_all, fleet.servers)
+        for name in names(count):
+            fleet.servers.append(_server(plan, name, env))
+        for group in _groups(plan.start or system.start, fleet.servers):
+            _start(plan, env, fleet, group)
+        if fleet.mps is not None:
+            _check_clients(fleet.mps, count)
+        yield fleet
+
+
+def _server(plan: Plan, name: str, env: dict[str, str]) -> Server:
+    return Server(
+        name,
+        plan.model,
+        plan.logs,
+        plan.args,
+        plan.system.environment(name, plan.ledger, env),
+        plan.system.flavor,
+        fixed=plan.fixed,
+    )
+
+
+def _groups(start: str, servers: list[Server]) -> list[list[Server]]:
+    if start == "all":
+        return [servers[:]]
+    if start == "first":
+        return [servers[:1], servers[1:]]
+    return [[server] for server in servers]
+
+
+def _start(plan: Plan, env: dict[str, str], fleet: Fleet, group: list[Server]) -> None:
+    if not group:
+        return
+    end = time.monotonic() + plan.start_limit_s
+
+    def ready(server: Server) -> str:
+        begin = time.monotonic()
+        try:
+            server.start().wait_ready(timeout_s=max(end - begin, 1.0))
+        except RuntimeError as error:
+            return str(error)
+        fleet.start_s[server.name] = round(time.monotonic() - begin, 1)
+        return ""
+
+    with ThreadPoolExecutor(len(group)) as pool:
+        failures = list(pool.map(ready, group))
+    for server, failure in zip(group, failures, strict=True):
+        if not failure:
+            continue
+        server.stop()
+        if end - time.monotonic() < 30:
+            raise StartFailed(failure)
+        # Starting beside others can go wrong; alone it is the same engine.
+        again = _server(plan, server.name, env)
+        fleet.servers[fleet.servers.index(server)] = again
+        fleet.retried[server.name] = failure[-1500:]
+        failure = ready(again)
+        if failure:
+            raise StartFailed(failure)
+
+
+def _stop_all(servers: list[Server]) -> None:
+    # Together: each takes seconds.
+    with ThreadPoolExecutor(len(servers) or 1) as pool:
+        list(pool.map(lambda server: server.stop(15.0), servers))
+
+
+def _check_clients(mps: Mps, count: int) -> None:
+    clients = mps.status().clients
+    if len(clients) < count:
+        raise StartFailed(f"MPS has {len(clients)} clients, and {count} engines were started")
+
+
+def raise_file_limit() -> int:
+    """As many open files as this user may have: every request in flight is one, on both sides."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, 1 << 20) if hard != resource.RLIM_INFINITY else 1 << 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
+
+
+def compile_cache(folder: Path) -> dict[str, str]:
+    """Where all servers of a run keep compiled code, unless the environment says it."""
+    if "VLLM_CACHE_ROOT" in os.environ:
+        return {}
+    return {"VLLM_CACHE_ROOT": str(folder)}
