@@ -29,7 +29,7 @@ def jobs(
             url=server.url + "/v1/completions",
             model=str(server.model),
             arrivals=arrivals,
-            out=str(folder / f"client-{server.name}.json"),
+            out=str(folder.resolve() / f"client-{server.name}.json"),
             seed=seed * 1000 + i,
             vocab=vocab,
             drain_s=drain_s,

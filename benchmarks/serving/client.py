@@ -22,15 +22,13 @@ from typing import Any
 
 import aiohttp
 
-# Last, so that an installed kvcached_core is found before this repository's sources.
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-
 from benchmarks.serving.patterns import Arrival
 from benchmarks.serving.sse import Completion, StreamError
 
 # Shorter than the server's 5 s: a connection it is about to close would lose a request.
 _KEEP_ALIVE_S = 2.0
 _BEAT_S = 0.01
+_REPOSITORY = Path(__file__).resolve().parents[2]
 _FIRST_TOKEN = 3  # those below may be special
 
 
@@ -158,7 +156,8 @@ class ClientProcess:
     def __init__(self, job: Job) -> None:
         self.job = job
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve())],
+            [sys.executable, "-m", "benchmarks.serving.client"],
+            cwd=_REPOSITORY,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
