@@ -54,6 +54,8 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.cells: list[dict[str, Any]] = []
+        self.empty_mib = 0
+        """In use on the device before anything was started."""
 
     def cell(self, report: dict[str, Any]) -> None:
         self.cells.append(report)
@@ -105,7 +107,7 @@ def server_args(args: argparse.Namespace, system: System) -> list[str]:
     return [*common, "--dtype=bfloat16", *system.share(args.models), *args.engine_args]
 
 
-def plan_for(args: argparse.Namespace, system: System, folder: Path) -> Plan:
+def plan_for(args: argparse.Namespace, system: System, folder: Path, left_s: float) -> Plan:
     logs = (args.logs or args.out / "logs") / system.text.replace(":", "_").replace("=", "_")
     logs.mkdir(parents=True, exist_ok=True)
     env = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -122,8 +124,17 @@ def plan_for(args: argparse.Namespace, system: System, folder: Path) -> Plan:
         logs,
         folder / "ledger",
         fixed=args.tiny,
+        deadline=time.monotonic() + min(args.start_limit, left_s),
         start=args.start,
     )
+
+
+def wait_for_memory(memory: DeviceMemory, results: Results, limit_s: float = 20.0) -> int:
+    """MiB in use once the servers of the system before have given theirs back."""
+    end = time.monotonic() + limit_s
+    while memory.used() >> 20 > results.empty_mib + 200 and time.monotonic() < end:
+        time.sleep(0.2)
+    return memory.used() >> 20
 
 
 def run_system(
@@ -135,16 +146,16 @@ def run_system(
     results: Results,
 ) -> None:
     """All patterns on one system; what goes wrong becomes a cell with an `error`."""
-    left = [f"{pattern.name}" for pattern in patterns]
+    left = [pattern.name for pattern in patterns]
     base = {"system": system.text, "runner": args.runner, "started_at_s": clock.spent()}
     fleet: Fleet | None = None
     try:
         with tempfile.TemporaryDirectory(prefix="kvcached-bench-") as name:
             folder = Path(name)
-            plan = plan_for(args, system, folder)
+            plan = plan_for(args, system, folder, clock.left() - 30)
             if clock.left() < args.least_s:
                 raise OutOfTime(f"{clock.left():.0f} s left, a start needs {args.least_s:.0f}")
-            before = memory.used() >> 20
+            before = wait_for_memory(memory, results)
             with running(plan, args.models) as fleet:
                 base |= {"start_s": fleet.start_s, "start_retried": fleet.retried}
                 base["ready_at_s"] = clock.spent()
@@ -181,14 +192,16 @@ def run_system(
     except Exception as error:
         kind = "not run" if isinstance(error, OutOfTime) else "failed"
         tails = fleet.tails() if fleet is not None and kind == "failed" else {}
-        text = f"{kind}: {type(error).__name__}: {str(error)[-3000:]}"
+        first, _, rest = str(error).partition("\n")
+        text = f"{kind}: {type(error).__name__}: {first}"
         for pattern_name in left:
-            results.cell(base | {"pattern": pattern_name, "error": text, "tails": tails})
-            tails = {}
+            detail = {"detail": rest[-6000:], "tails": tails}
+            results.cell(base | {"pattern": pattern_name, "error": text, **detail})
+            rest, tails = "", {}
         if kind == "failed":
-            print(text, flush=True)
-            if fleet is not None:
-                print(json.dumps(fleet.tails(3000), indent=1), flush=True)
+            print(results.cells[-len(left)]["detail"] if left else text, flush=True)
+            for name, tail in (fleet.tails() if fleet is not None else {}).items():
+                print(f"--- end of {name}'s output\n{tail}", flush=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -202,12 +215,13 @@ def run(args: argparse.Namespace) -> int:
         if pattern.longest > args.max_model_len:
             raise SystemExit(f"{pattern.name} has requests longer than --max-model-len")
     memory = DeviceMemory()
+    results.empty_mib = memory.used() >> 20
     try:
         setup = {
             "command": " ".join(sys.argv),
             "open_files": raise_file_limit(),
             "lengths": asdict(lengths_of(args)),
-            "device_mib_before": memory.used() >> 20,
+            "device_mib_before": results.empty_mib,
         }
         print(json.dumps(setup), flush=True)
         (args.out / "setup.json").write_text(json.dumps(setup) + "\n")
@@ -249,6 +263,7 @@ def main() -> int:
     )
     make.add_argument("--limit", type=float, default=3600, help="seconds for everything")
     make.add_argument("--least-s", type=float, default=90, help="not started with less time left")
+    make.add_argument("--start-limit", type=float, default=300, help="seconds to start a system")
     make.add_argument("--models", type=int, default=3, help="servers")
     make.add_argument("--shape", choices=[s for s in SHAPES if s != "tiny"], default="8b")
     make.add_argument("--runner", choices=("v1", "v2", ""), default="v1", help="model runner")

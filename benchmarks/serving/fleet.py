@@ -17,6 +17,10 @@ from kvcached_core.mps import Mps, client_environment
 from tests.support.server import Server
 
 NAMES = ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi", "ivan", "judy")
+PROFILED = "GPU KV cache size"
+"""What an engine logs when it has measured its memory."""
+RETRY_S = 60.0
+"""A server that failed is not tried again with less time left."""
 
 
 def names(count: int) -> list[str]:
@@ -40,7 +44,8 @@ class Plan:
     ledger: Path
     fixed: bool = False
     """Whether the servers run with what makes CPU engines comparable."""
-    start_limit_s: float = 240.0
+    deadline: float = float("inf")
+    """Of `time.monotonic()`: all servers are ready by then."""
     start: str = ""
     """Overrides the system's own order of starting."""
 
@@ -91,8 +96,7 @@ def running(plan: Plan, count: int) -> Iterator[Fleet]:
         stack.callback(_stop_all, fleet.servers)
         for name in names(count):
             fleet.servers.append(_server(plan, name, env))
-        for group in _groups(plan.start or system.start, fleet.servers):
-            _start(plan, env, fleet, group)
+        _start(plan, env, fleet)
         if fleet.mps is not None:
             _check_clients(fleet.mps, count)
         yield fleet
@@ -110,43 +114,62 @@ def _server(plan: Plan, name: str, env: dict[str, str]) -> Server:
     )
 
 
-def _groups(start: str, servers: list[Server]) -> list[list[Server]]:
-    if start == "all":
-        return [servers[:]]
-    if start == "first":
-        return [servers[:1], servers[1:]]
-    return [[server] for server in servers]
+def _start(plan: Plan, env: dict[str, str], fleet: Fleet) -> None:
+    order = plan.start or plan.system.start
+    begun: dict[str, float] = {}
+    failures: dict[str, str] = {}
 
+    def begin(server: Server) -> None:
+        begun[server.name] = time.monotonic()
+        server.start()
 
-def _start(plan: Plan, env: dict[str, str], fleet: Fleet, group: list[Server]) -> None:
-    if not group:
-        return
-    end = time.monotonic() + plan.start_limit_s
-
-    def ready(server: Server) -> str:
-        begin = time.monotonic()
+    def finish(server: Server) -> None:
         try:
-            server.start().wait_ready(timeout_s=max(end - begin, 1.0))
+            server.wait_ready(timeout_s=max(plan.deadline - time.monotonic(), 1.0))
         except RuntimeError as error:
-            return str(error)
-        fleet.start_s[server.name] = round(time.monotonic() - begin, 1)
-        return ""
+            failures[server.name] = str(error)
+            server.stop()
+        else:
+            fleet.start_s[server.name] = round(time.monotonic() - begun[server.name], 1)
 
-    with ThreadPoolExecutor(len(group)) as pool:
-        failures = list(pool.map(ready, group))
-    for server, failure in zip(group, failures, strict=True):
-        if not failure:
+    if order == "one":
+        for server in fleet.servers:
+            begin(server)
+            finish(server)
+            if failures:
+                break
+    else:
+        with ThreadPoolExecutor(len(fleet.servers)) as pool:
+            ends = []
+            for server in fleet.servers:
+                begin(server)
+                ends.append(pool.submit(finish, server))
+                if order == "stagger":
+                    _wait_profiled(plan, server)
+            for end in ends:
+                end.result()
+    for index, server in enumerate(fleet.servers):
+        if server.name in fleet.start_s:
             continue
-        server.stop()
-        if end - time.monotonic() < 30:
+        failure = failures.pop(server.name, "")
+        if failure and plan.deadline - time.monotonic() < RETRY_S:
             raise StartFailed(failure)
         # Starting beside others can go wrong; alone it is the same engine.
-        again = _server(plan, server.name, env)
-        fleet.servers[fleet.servers.index(server)] = again
-        fleet.retried[server.name] = failure[-1500:]
-        failure = ready(again)
         if failure:
-            raise StartFailed(failure)
+            fleet.retried[server.name] = failure[-1500:]
+            server = fleet.servers[index] = _server(plan, server.name, env)
+        begin(server)
+        finish(server)
+        if server.name in failures:
+            raise StartFailed(failures[server.name])
+
+
+def _wait_profiled(plan: Plan, server: Server) -> None:
+    """Until it has measured its memory: from then on the next one does not disturb it."""
+    while server.code is None and time.monotonic() < plan.deadline:
+        if PROFILED in server.output():
+            return
+        time.sleep(0.1)
 
 
 def _stop_all(servers: list[Server]) -> None:

@@ -220,7 +220,7 @@ def test_no_event_loop_is_left(tmp_path: Path) -> None:
 
 def test_systems() -> None:
     system = System.parse("elastic-mps:page_size=4MiB:headroom=1GiB")
-    assert (system.kind, system.mps, system.start) == ("elastic", True, "all")
+    assert (system.kind, system.mps, system.start) == ("elastic", True, "stagger")
     env = system.environment("bob", Path("/l"), {"A": "1"})
     assert env["KVCACHED_PAGE_SIZE"] == "4MiB"
     assert (env["ENABLE_KVCACHED"], env["KVCACHED_NAME"], env["A"]) == ("true", "bob", "1")
