@@ -60,6 +60,26 @@ class Fleet:
     """Servers that became ready at the second try only, and what was wrong with the first."""
     mps: Mps | None = None
     ledger: Path | None = None
+    plan: Plan | None = None
+    env: dict[str, str] = field(default_factory=dict)
+
+    def restart(self, name: str, limit_s: float) -> Server:
+        """A new server in place of one that has ended.
+
+        Raises:
+            StartFailed: it does not become ready.
+        """
+        assert self.plan is not None
+        index = next(i for i, server in enumerate(self.servers) if server.name == name)
+        self.servers[index].stop()
+        server = self.servers[index] = _server(self.plan, name, self.env)
+        begin = time.monotonic()
+        try:
+            server.start().wait_ready(timeout_s=limit_s)
+        except RuntimeError as error:
+            raise StartFailed(str(error)) from None
+        self.start_s[name] = round(time.monotonic() - begin, 1)
+        return server
 
     def preemptions(self) -> list[float]:
         """Of each server, since it started."""
@@ -83,7 +103,7 @@ def running(plan: Plan, count: int) -> Iterator[Fleet]:
         MpsError: MPS was asked for and cannot run.
     """
     system = plan.system
-    fleet = Fleet([], ledger=plan.ledger if system.kind == "elastic" else None)
+    fleet = Fleet([], ledger=plan.ledger if system.kind == "elastic" else None, plan=plan)
     with ExitStack() as stack:
         env = dict(plan.env)
         if system.mps:
@@ -93,10 +113,11 @@ def running(plan: Plan, count: int) -> Iterator[Fleet]:
             if not running_already:
                 stack.callback(fleet.mps.stop, force=True)
             env |= client_environment(Config(), fleet.mps.directory)
+        fleet.env = env
         stack.callback(_stop_all, fleet.servers)
         for name in names(count):
             fleet.servers.append(_server(plan, name, env))
-        _start(plan, env, fleet)
+        _start(plan, fleet)
         if fleet.mps is not None:
             _check_clients(fleet.mps, count)
         yield fleet
@@ -114,7 +135,7 @@ def _server(plan: Plan, name: str, env: dict[str, str]) -> Server:
     )
 
 
-def _start(plan: Plan, env: dict[str, str], fleet: Fleet) -> None:
+def _start(plan: Plan, fleet: Fleet) -> None:
     order = plan.start or plan.system.start
     begun: dict[str, float] = {}
     failures: dict[str, str] = {}
@@ -148,20 +169,16 @@ def _start(plan: Plan, env: dict[str, str], fleet: Fleet) -> None:
                     _wait_profiled(plan, server)
             for end in ends:
                 end.result()
-    for index, server in enumerate(fleet.servers):
+    for server in fleet.servers[:]:
         if server.name in fleet.start_s:
             continue
-        failure = failures.pop(server.name, "")
-        if failure and plan.deadline - time.monotonic() < RETRY_S:
-            raise StartFailed(failure)
-        # Starting beside others can go wrong; alone it is the same engine.
-        if failure:
+        failure = failures.get(server.name)
+        if failure is not None:
+            if plan.deadline - time.monotonic() < RETRY_S:
+                raise StartFailed(failure)
+            # Starting beside others can go wrong; alone it is the same engine.
             fleet.retried[server.name] = failure[-1500:]
-            server = fleet.servers[index] = _server(plan, server.name, env)
-        begin(server)
-        finish(server)
-        if server.name in failures:
-            raise StartFailed(failures[server.name])
+        fleet.restart(server.name, max(plan.deadline - time.monotonic(), 1.0))
 
 
 def _wait_profiled(plan: Plan, server: Server) -> None:
