@@ -72,7 +72,7 @@ def run_cell(
     peak = memory.take_peak()
     time.sleep(SETTLE_S)
     preemptions = [
-        int(after - start) for after, start in zip(fleet.preemptions(), before, strict=True)
+        max(after - start, 0) for after, start in zip(fleet.preemptions(), before, strict=True)
     ]
     report: dict[str, Any] = {
         "pattern": pattern.name,

@@ -81,9 +81,15 @@ class Fleet:
         self.start_s[name] = round(time.monotonic() - begin, 1)
         return server
 
-    def preemptions(self) -> list[float]:
-        """Of each server, since it started."""
-        return [s.metrics().get("vllm:num_preemptions_total", 0.0) for s in self.servers]
+    def preemptions(self) -> list[int]:
+        """Of each server, since it started; 0 where it does not answer any more."""
+        found = []
+        for server in self.servers:
+            try:
+                found.append(int(server.metrics().get("vllm:num_preemptions_total", 0)))
+            except OSError:
+                found.append(0)
+        return found
 
     def dead(self) -> list[str]:
         """Servers that ended by themselves."""
