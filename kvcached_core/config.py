@@ -91,6 +91,10 @@ class Config(BaseModel):
     """Engines of higher priority are served first, at the cost of lower ones' requests."""
     prefix_cache: AmountOf = Amount()
     """Bound of unreferenced prefix-cache blocks; ``unlimited`` holds them until others ask."""
+    sm_share: int | None = Field(default=None, ge=1, le=100)
+    """Percent of a GPU's SMs under MPS; ``None`` for all. Acts through ``kvctl mps env``."""
+    mps_memory: Bytes | None = Field(default=None, ge=1 << 30)
+    """Ceiling that MPS puts on a process's whole memory of each GPU; ``None`` for none."""
     start_wait_ms: int = Field(default=30_000, ge=0)
     """How long a starting engine waits for its first page while others give memory back."""
     retry_ms: int = Field(default=60_000, ge=0)

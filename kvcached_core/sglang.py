@@ -22,6 +22,7 @@ from .config import Config, ConfigError
 from .devices import defaults, describe, open_backend, page_size
 from .join import join
 from .lockstep import Leader, Load, PassOrder, Replica
+from .mps import require_launched_with
 from .plan import ArenaShape, RankDevice, StepOps, WorkerBinding
 from .scheduler import CachedBlocks, ElasticScheduler, geometry_of
 from .static_memory import StaticMemory, follow_static
@@ -81,6 +82,7 @@ def check_supported(server_args: Any) -> None:
         ConfigError: one line per obstacle.
     """
     config = load_config(server_args)
+    require_launched_with(config)
     a = server_args
     whole = "addresses the whole KV cache, which is mapped only in part"
     obstacles = {

@@ -17,6 +17,7 @@ from .config import Config, ConfigError
 from .devices import describe, open_backend, page_size
 from .free_queue import ElasticFreeQueue
 from .join import join
+from .mps import require_launched_with
 from .plan import ArenaShape, RankDevice, WorkerBinding
 from .scheduler import ElasticScheduler
 from .static_memory import StaticMemory, follow_static
@@ -63,7 +64,7 @@ def check_supported(vllm_config: Any) -> None:
     Raises:
         ConfigError: one line per obstacle.
     """
-    load_config(vllm_config)
+    require_launched_with(load_config(vllm_config))
     parallel = vllm_config.parallel_config
     cache = vllm_config.cache_config
     reasons = []

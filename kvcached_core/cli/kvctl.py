@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..units import format_size, parse_size
-from . import as_json, kvtop, options, serve, tables
+from . import as_json, kvtop, mps, options, serve, tables
 from .apply import How, ValueOf, bytes_or, give_back, number, set_policy
 from .cleanup import delete_member, delete_unused
 from .entry import run
@@ -227,6 +227,7 @@ def _held(target: Target) -> str:
 
 
 app.command()(serve.export)
+app.add_typer(mps.app, name="mps")
 app.command("watch", help="The same as kvtop.")(kvtop.top)
 app.command("kvtop", help="Watch ledgers and members live.")(kvtop.top)
 
