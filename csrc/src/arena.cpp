@@ -48,7 +48,7 @@ Arena::~Arena() {
 }
 
 Status Arena::commit(std::span<const BlockRange> ranges, std::size_t* freed) {
-  std::lock_guard lock(mutex_);
+  const Change change(*this);
   if (freed != nullptr) *freed = 0;
   retry_stuck();
   const std::size_t held = pool_.held_bytes();
@@ -81,7 +81,7 @@ Status Arena::commit(std::span<const BlockRange> ranges, std::size_t* freed) {
 }
 
 Status Arena::decommit(std::span<const BlockRange> ranges, std::size_t* freed) {
-  std::lock_guard lock(mutex_);
+  const Change change(*this);
   if (freed != nullptr) *freed = 0;
   retry_stuck();
   const std::size_t held = pool_.held_bytes();
@@ -118,7 +118,7 @@ Status Arena::decommit(std::span<const BlockRange> ranges, std::size_t* freed) {
 }
 
 Status Arena::close() {
-  std::lock_guard lock(mutex_);
+  const Change change(*this);
   if (base_ == 0) return {};
   closed_ = true;
   std::vector<PageRun> emptied;
@@ -184,8 +184,7 @@ std::size_t Arena::bytes(SlotRun run) const {
 }
 
 std::size_t Arena::committed_bytes() const {
-  std::lock_guard lock(mutex_);
-  return static_cast<std::size_t>(pages_.committed_pages() * geometry().unit_bytes());
+  return static_cast<std::size_t>(committed_pages_.load() * geometry().unit_bytes());
 }
 
 std::size_t Arena::stuck_bytes() const {

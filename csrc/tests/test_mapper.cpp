@@ -348,3 +348,19 @@ TEST_CASE("several threads use one mapper") {
   CHECK(w.arena->committed_bytes() == kPage);
   CHECK(w.memory->physical_bytes() == kPage);
 }
+
+TEST_CASE("how much is committed can be read while the driver is slow") {
+  World w;
+  REQUIRE_OK(w.mapper->commit_now(Ranges{{1, 9}}));
+  w.faults.set_latency(Op::unmap, 200'000);
+  REQUIRE_OK(w.mapper->decommit_later(Ranges{{1, 2}}));
+  const auto begin = std::chrono::steady_clock::now();
+  int reads = 0;
+  while (w.mapper->pending() != 0) {
+    (void)w.arena->committed_bytes();
+    ++reads;
+  }
+  CHECK(w.arena->committed_bytes() == 8 * kPage);
+  CHECK(std::chrono::steady_clock::now() - begin >= 200ms);
+  CHECK(reads > 100);
+}

@@ -2,6 +2,7 @@
 // A reserved range of addresses that holds blocks, backed by physical pages where they live.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -58,7 +59,7 @@ class Arena {
   Address base() const { return base_; }
   std::size_t segment_stride() const { return segment_stride_; }
   std::size_t reserved_bytes() const { return reserved_bytes_; }
-  std::size_t committed_bytes() const;
+  std::size_t committed_bytes() const;  // after the last call that is done; waits for none
   std::size_t stuck_bytes() const;
   bool is_committed(std::int64_t block) const;
   ArenaCalls calls() const;
@@ -105,9 +106,23 @@ class Arena {
   const std::size_t reserved_bytes_;
   Address base_ = 0;
 
+  // The lock, and at its end the count for those who do not take it.
+  class Change {
+   public:
+    explicit Change(Arena& arena) : arena_(arena), lock_(arena.mutex_) {}
+    ~Change() { arena_.committed_pages_ = arena_.pages_.committed_pages(); }
+    Change(const Change&) = delete;
+    Change& operator=(const Change&) = delete;
+
+   private:
+    Arena& arena_;
+    std::lock_guard<std::mutex> lock_;
+  };
+
   mutable std::mutex mutex_;
   PageMap pages_;
-  std::vector<bool> committed_;  // by block
+  std::atomic<std::int64_t> committed_pages_{0};  // of pages_, for readers without the lock
+  std::vector<bool> committed_;                   // by block
   std::vector<Slot> slots_;
   std::vector<std::int64_t> stuck_;  // slots that may not be intact
   bool closed_ = false;
