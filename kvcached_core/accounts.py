@@ -60,6 +60,13 @@ class Accounts:
     def __iter__(self) -> Iterator[Account]:
         return iter(self._accounts)
 
+    def __len__(self) -> int:
+        return len(self._accounts)
+
+    def costs(self, pages: Sequence[int]) -> list[int]:
+        """Bytes of ``pages[g]`` page indices of every geometry, in every account."""
+        return [account.cost(pages) for account in self._accounts]
+
     def lease(self, pages: Sequence[int]) -> bool:
         """Lease ``pages[g]`` page indices of every geometry; False leaves nothing leased."""
         granted: list[tuple[Account, int]] = []
@@ -72,15 +79,22 @@ class Accounts:
             granted.append((account, amount))
         return True
 
-    def affordable_blocks(self, uncommitted: int, uncommitted_pages: Sequence[int]) -> int:
+    def affordable_blocks(
+        self, uncommitted: int, uncommitted_pages: Sequence[int], reserved: Sequence[int] = ()
+    ) -> int:
         """How many of ``uncommitted`` blocks the ledgers could back now.
 
         Exact when all of them fit; else rounded down to whole blocks, not pages,
         so it never promises what a lease would refuse for more than one page.
+
+        Args:
+            uncommitted: blocks.
+            uncommitted_pages: page indices of every geometry that all of them take.
+            reserved: of every account, bytes that are for something else; () for none.
         """
         blocks = uncommitted
-        for account in self._accounts:
-            available = account.member.claimable()
+        for account, kept in zip(self._accounts, reserved or [0] * len(self), strict=True):
+            available = max(0, account.member.claimable() - kept)
             if available < account.cost(uncommitted_pages):
                 blocks = min(blocks, available // max(account.block_cost, 1))
         return blocks
@@ -91,13 +105,13 @@ class Accounts:
         bell = self.bell()
         granted = self.lease(pages)
         while not granted and time.monotonic() < deadline:
-            self.set_demand(pages, 1)
+            self.set_demand(self.costs(pages), 1)
             for account in self._accounts:
                 account.member.ask()  # plans anew: who does not answer is passed over
             bell.wait(20)
             granted = self.lease(pages)
         if timeout_s:
-            self.set_demand([0] * len(pages), 0)
+            self.set_demand([0] * len(self), 0)
         return granted
 
     def bell(self) -> Bell:
@@ -108,10 +122,12 @@ class Accounts:
         """Grows with every news of any ledger for this engine."""
         return sum(account.member.bell for account in self._accounts)
 
-    def set_demand(self, pages: Sequence[int], waiting: int) -> None:
-        """Tell the other members what this engine waits for; zeros withdraw it."""
-        for account in self._accounts:
-            account.member.set_demand(account.cost(pages), waiting)
+    def set_demand(self, amounts: Sequence[int], waiting: int) -> None:
+        """Tell the other members how many bytes of every account this engine waits for; zeros
+        withdraw it.
+        """
+        for account, amount in zip(self._accounts, amounts, strict=True):
+            account.member.set_demand(amount, waiting)
 
     def others_wait(self) -> bool:
         """Whether another member of any ledger waits for memory."""

@@ -23,7 +23,42 @@ class Joined:
 
     scheduler: ElasticScheduler
     bindings: list[WorkerBinding | None]
-    """What every rank opens its arena with; None for a rank without a KV cache."""
+    """What every rank opens its first pool's arena with; None for a rank without a KV cache."""
+    config: Config
+    devices: Sequence[RankDevice]
+    memberships: dict[str, tuple[Ledger, Member]]
+    """Of every device."""
+
+    def add_pool(
+        self,
+        shapes: Sequence[ArenaShape],
+        *,
+        block_tokens: float,
+        most_blocks: int | None,
+        logger: logging.Logger,
+    ) -> list[WorkerBinding]:
+        """Have a further pool, as :meth:`ElasticScheduler.add_pool`; an arena of it every rank.
+
+        Raises:
+            ConfigError: the memory is not there.
+        """
+        distinct = _distinct(shapes)
+        accounts = _priced(self.memberships, shapes, self.devices)
+        _log_shapes(logger, self.config, distinct)
+        try:
+            self.scheduler.add_pool(
+                shapes[0].num_blocks,
+                distinct,
+                list(accounts.values()),
+                block_tokens=block_tokens,
+                most_blocks=most_blocks,
+            )
+        except MemoryError as error:
+            raise ConfigError(_explain(error, accounts)) from None
+        return [
+            _bind(accounts[d.key], s, retry_ms=self.config.retry_ms, zero_recycled=False)
+            for s, d in zip(shapes, self.devices, strict=True)
+        ]
 
 
 def join(
@@ -34,6 +69,7 @@ def join(
     block_tokens: float,
     zero_recycled: Sequence[bool],
     logger: logging.Logger,
+    most_blocks: int | None = None,
 ) -> Joined:
     """Join the ledgers of all ranks as one member of each.
 
@@ -44,23 +80,19 @@ def join(
         block_tokens: tokens one block holds for every KV group.
         zero_recycled: for every rank, whether its pages are zeroed when they change hands.
         logger: the engine's.
+        most_blocks: blocks one request ever holds at once; None for no bound.
 
     Raises:
         ConfigError: the memory is not there, or the policy refuses.
     """
     used = [shape for shape in shapes if shape is not None]
-    distinct = sorted(set(used), key=lambda s: s.block_bytes * s.segments, reverse=True)
+    distinct = _distinct(used)
     directory = prepare_ledger_dir(config)
-    accounts: dict[str, Account] = {}
+    memberships: dict[str, tuple[Ledger, Member]] = {}
     usages: dict[str, DeviceUsage | None] = {}
     for device in devices:
-        if device.key in accounts:
+        if device.key in memberships:
             continue
-        ranks = [
-            shape
-            for shape, other in zip(shapes, devices, strict=True)
-            if other.key == device.key and shape is not None
-        ]
         headroom = config.headroom
         if headroom is None:
             headroom = defaults(device.kind).headroom
@@ -69,12 +101,8 @@ def join(
         if usage is not None:
             ledger.set_device_used(usage.used_bytes())
         static = sum(d.static_bytes for d in devices if d.key == device.key)
-        accounts[device.key] = Account(
-            ledger=ledger,
-            member=_become_member(ledger, config, static),
-            page_cost=tuple(ranks.count(s) * s.page_bytes * s.segments for s in distinct),
-            block_cost=sum(s.block_bytes * s.segments for s in ranks),
-        )
+        memberships[device.key] = ledger, _become_member(ledger, config, static)
+    accounts = _priced(memberships, shapes, devices)
     bindings = [
         None
         if shape is None
@@ -95,19 +123,51 @@ def join(
             decay_s=config.parked_decay_ms / 1000,
             usages=list(usages.values()),
             block_tokens=block_tokens,
+            most_blocks=most_blocks,
             start_wait_s=config.start_wait_ms / 1000,
         )
     except MemoryError as error:
-        state = "; ".join(
-            f"{account.ledger.path}: {format_size(account.ledger.available())} free, held by "
-            + (", ".join(f"{m.name} {format_size(m.leased)}" for m in account.ledger.members()))
-            for account in accounts.values()
+        raise ConfigError(_explain(error, accounts)) from None
+    return Joined(scheduler, bindings, config, devices, memberships)
+
+
+def _distinct(shapes: Sequence[ArenaShape]) -> list[ArenaShape]:
+    return sorted(set(shapes), key=lambda s: s.block_bytes * s.segments, reverse=True)
+
+
+def _priced(
+    memberships: dict[str, tuple[Ledger, Member]],
+    shapes: Sequence[ArenaShape | None],
+    devices: Sequence[RankDevice],
+) -> dict[str, Account]:
+    """The memberships, with what a page and a block of these shapes cost all ranks there."""
+    distinct = _distinct([shape for shape in shapes if shape is not None])
+    accounts = {}
+    for key, (ledger, member) in memberships.items():
+        ranks = [
+            shape
+            for shape, device in zip(shapes, devices, strict=True)
+            if device.key == key and shape is not None
+        ]
+        accounts[key] = Account(
+            ledger=ledger,
+            member=member,
+            page_cost=tuple(ranks.count(s) * s.page_bytes * s.segments for s in distinct),
+            block_cost=sum(s.block_bytes * s.segments for s in ranks),
         )
-        raise ConfigError(
-            f"kvcached cannot start: {error} ({state}). Free memory on the device, or lower "
-            "KVCACHED_HEADROOM"
-        ) from None
-    return Joined(scheduler, bindings)
+    return accounts
+
+
+def _explain(error: MemoryError, accounts: dict[str, Account]) -> str:
+    state = "; ".join(
+        f"{account.ledger.path}: {format_size(account.ledger.available())} free, held by "
+        + (", ".join(f"{m.name} {format_size(m.leased)}" for m in account.ledger.members()))
+        for account in accounts.values()
+    )
+    return (
+        f"kvcached cannot start: {error} ({state}). Free memory on the device, or lower "
+        "KVCACHED_HEADROOM"
+    )
 
 
 def _become_member(ledger: Ledger, config: Config, static_bytes: int) -> Member:
@@ -154,6 +214,10 @@ def _log(
             format_size(account.ledger.available()),
             format_size(account.ledger.capacity),
         )
+    _log_shapes(logger, config, shapes)
+
+
+def _log_shapes(logger: logging.Logger, config: Config, shapes: Sequence[ArenaShape]) -> None:
     for shape in shapes:
         logger.info(
             "Elastic KV cache: %d virtual blocks of %s in pages of %s (%s-major)",

@@ -9,24 +9,22 @@ allocator and the cache are deterministic, all ranks stay equal without asking e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ._core import BlockAllocator
 from .demand import Request
-from .plan import BlockRanges, StepOps
-from .scheduler import CachedBlocks, ElasticScheduler
+from .plan import StepOps
+from .pool import CachedBlocks
+from .scheduler import ElasticScheduler
 
 _REACHABLE_STEPS = 64
 """Parts of the virtual range in which memory that could be had is told: it need not be exact."""
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What an engine runs and wants to run in its next pass."""
+class Need:
+    """Blocks of one pool that an engine takes in its next pass."""
 
-    running: Sequence[Request]
-    """The request to be preempted first at the end."""
-    waiting: Sequence[Request]
     running_blocks: int
     """Blocks the running requests take in the pass."""
     needed_blocks: int
@@ -38,42 +36,68 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class PassOrder:
-    """What every rank does at the start of a pass."""
+class Load:
+    """What an engine runs and wants to run in its next pass."""
 
-    acts: tuple[tuple[str, int], ...] = ()
-    """Done to the allocator and the cache, in this order; see :meth:`Replica.repeat`."""
+    running: Sequence[Request]
+    """The request to be preempted first at the end."""
+    waiting: Sequence[Request]
+    needs: tuple[Need, ...]
+    """Of every pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a pass may count on in one pool."""
+
     reachable_blocks: int = 0
     """Blocks that could be had beyond the clean ones, for admission."""
     withheld_blocks: int = 0
     """Clean blocks the engine must not use, but free more of: others have a claim to them."""
 
 
+@dataclass(frozen=True, slots=True)
+class PassOrder:
+    """What every rank does at the start of a pass."""
+
+    acts: tuple[tuple[str, int, int], ...] = ()
+    """Done to the allocators and the caches, in this order; see :meth:`Replica.repeat`."""
+    rooms: tuple[Room, ...] = ()
+    """Of every pool."""
+
+    def room(self, pool: int = 0) -> Room:
+        return self.rooms[pool] if pool < len(self.rooms) else Room()
+
+
+@dataclass(slots=True)
+class Copy:
+    """One pool on a rank that repeats."""
+
+    allocator: BlockAllocator
+    """Equal to the first rank's."""
+    cache: CachedBlocks | None = None
+    """Likewise; set once the engine has one."""
+
+
 class Replica:
-    """A rank's copy of the allocator and its cache.
+    """A rank's copies of the allocators and their caches."""
 
-    Args:
-        allocator: equal to the first rank's.
-        cache: likewise; set once the engine has one.
-    """
-
-    def __init__(self, allocator: BlockAllocator) -> None:
-        self.allocator = allocator
-        self.cache: CachedBlocks | None = None
+    def __init__(self, *allocators: BlockAllocator) -> None:
+        self.pools = [Copy(allocator) for allocator in allocators]
 
     def repeat(self, order: PassOrder) -> StepOps:
-        """Do what the first rank did; return what this rank's arena has to do."""
-        commit: BlockRanges = []
-        decommit: BlockRanges = []
-        for act, amount in order.acts:
+        """Do what the first rank did; return what this rank's arenas have to do."""
+        ops = [StepOps([], [], []) for _ in self.pools]
+        for act, amount, index in order.acts:
+            pool = self.pools[index]
             if act == "grow":
-                commit += self.allocator.grow(amount).ranges
+                ops[index].commit.extend(pool.allocator.grow(amount).ranges)
             elif act == "shrink":
-                decommit += self.allocator.shrink(amount).ranges
-            elif self.cache is not None:
-                evict = self.cache.empty_pages if act == "empty" else self.cache.evict_down_to
+                ops[index].decommit.extend(pool.allocator.shrink(amount).ranges)
+            elif pool.cache is not None:
+                evict = pool.cache.empty_pages if act == "empty" else pool.cache.evict_down_to
                 evict(amount)
-        return StepOps(commit, [], decommit)
+        return replace(ops[0], others=tuple(ops[1:]))
 
 
 class Leader:
@@ -86,57 +110,94 @@ class Leader:
 
     def __init__(self, scheduler: ElasticScheduler, ranks: int) -> None:
         self.scheduler = scheduler
-        self._journal: list[tuple[str, int]] | None = [] if ranks > 1 else None
-        self._step = max(1, scheduler.allocator.num_blocks // _REACHABLE_STEPS) if ranks > 1 else 1
+        self._journal: list[tuple[str, int, int]] | None = [] if ranks > 1 else None
 
     def plan(self, load: Load) -> tuple[PassOrder, StepOps]:
         """Begin and end a pass: all its growing is done before the engine schedules.
 
         Returns:
-            What the ranks repeat, and what this rank's arena has to do.
+            What the ranks repeat, and what this rank's arenas have to do.
         """
-        scheduler = self.scheduler
+        scheduler, pools = self.scheduler, self.scheduler.pools
         scheduler.journal = self._journal
         scheduler.begin_pass(load.running, load.waiting)
-        cached = scheduler.queue.num_cached if scheduler.queue is not None else 0
+        cached = [pool.num_cached for pool in pools]
         needed, promised = self._to_hold(load, cached)
-        if needed > scheduler.allocator.num_clean:
-            scheduler.grow(needed - scheduler.allocator.num_clean)
-        reachable = scheduler.growable_blocks()
-        missing = load.needed_blocks - scheduler.allocator.num_clean
-        lack = 0 if promised else load.wanted_blocks - scheduler.allocator.num_clean - reachable
-        if max(missing, lack) > cached and not scheduler.gives:
-            # What is free but not leased counts as missing too: the plan takes it off again.
-            scheduler.note_shortage(max(missing, lack) - cached + reachable)
+        running = [need.running_blocks for need in load.needs]
+        # If there is not enough for all, no pool may take what another needs to go on.
+        for targets in [needed] if len(pools) == 1 else [running, needed]:
+            for index, target in enumerate(targets):
+                more = target - pools[index].allocator.num_clean
+                if more > 0:
+                    scheduler.grow(more, index)
+        clean = [pool.allocator.num_clean for pool in pools]
+        missing = [need.needed_blocks - n for need, n in zip(load.needs, clean, strict=True)]
+        wanted = [need.wanted_blocks - n for need, n in zip(load.needs, clean, strict=True)]
+        growable = self._growable(wanted)
+        lack = [0 if promised else w - g for w, g in zip(wanted, growable, strict=True)]
+        short = [max(m, x) - c for m, x, c in zip(missing, lack, cached, strict=True)]
+        tight = any(m > c for m, c in zip(missing, cached, strict=True))
         # What is too little for those who wait may go to others meanwhile.
-        ops = scheduler.take_ops(1, load.running_blocks if missing > cached else needed)
+        hold = running if tight else needed
+        if (
+            max(short) > 0
+            and not scheduler.gives
+            and not (len(pools) > 1 and scheduler.yield_to(short, hold))
+        ):
+            # What is free but not leased counts as missing too: the plan takes it off again.
+            first = next(index for index, blocks in enumerate(short) if blocks > 0)
+            short[first] += scheduler.growable_blocks(first)
+            scheduler.note_shortage(*(max(0, blocks) for blocks in short))
+        ops = scheduler.take_ops(1, hold)
         acts = tuple(self._journal or ())
         if self._journal is not None:
             self._journal.clear()
-        reachable = self._reachable(load.wanted_blocks, promised)
-        # The engine takes blocks after this, and may take any that are clean: none is for later.
-        ops = StepOps(ops.commit + ops.commit_ahead, [], ops.decommit)
-        return PassOrder(acts, reachable, scheduler.withheld_blocks), ops
+        rooms = self._rooms(load, promised)
+        return PassOrder(acts, rooms), _at_once(ops)
 
-    def _to_hold(self, load: Load, cached: int) -> tuple[int, bool]:
+    def _growable(self, wanted: Sequence[int]) -> list[int]:
+        """Blocks of every pool that could be had beside what is wanted of the others."""
+        return [
+            self.scheduler.growable_blocks(index, wanted)
+            for index in range(len(self.scheduler.pools))
+        ]
+
+    def _to_hold(self, load: Load, cached: Sequence[int]) -> tuple[list[int], bool]:
         """Clean blocks to have, and whether the first waiting request is to be let in now."""
         scheduler = self.scheduler
         if not scheduler.contended or not load.waiting:
-            return load.needed_blocks, False
+            return [need.needed_blocks for need in load.needs], False
         # Who holds a part is outranked by who holds none, and they would give it to each other in
         # turns for ever. So nothing is taken for those who wait, unless the first can be let in;
         # then all of its prompt is, before that changes what else could be had.
-        lack = load.wanted_blocks - scheduler.allocator.num_clean - cached
-        if lack > scheduler.growable_blocks():
-            return load.running_blocks, False
-        return max(load.needed_blocks, load.first_blocks), True
+        lack = self._lack(load)
+        if any(x > g for x, g in zip(lack, self._growable(lack), strict=True)):
+            return [need.running_blocks for need in load.needs], False
+        return [max(need.needed_blocks, need.first_blocks) for need in load.needs], True
 
-    def _reachable(self, wanted_blocks: int, promised: bool) -> int:
+    def _lack(self, load: Load) -> list[int]:
+        """Blocks the first waiting request wants that are neither clean nor cached."""
+        return [
+            need.wanted_blocks - pool.allocator.num_clean - pool.num_cached
+            for need, pool in zip(load.needs, self.scheduler.pools, strict=True)
+        ]
+
+    def _rooms(self, load: Load, promised: bool) -> tuple[Room, ...]:
         """Rounded down, as it is told anew when it changes, but not below what those who wait lack:
         nobody would grow or ask for what is there, and they would wait for ever.
         """
-        scheduler = self.scheduler
-        cached = scheduler.queue.num_cached if scheduler.queue is not None else 0
-        lack = wanted_blocks - scheduler.allocator.num_clean - cached
-        exact = scheduler.growable_blocks()
-        return max(exact // self._step * self._step, lack if promised else min(lack, exact))
+        rooms = []
+        lacks = self._lack(load)
+        exact = self._growable(lacks)
+        for pool, lack, growable in zip(self.scheduler.pools, lacks, exact, strict=True):
+            steps = 1 if self._journal is None else pool.allocator.num_blocks // _REACHABLE_STEPS
+            rounded = growable // max(1, steps) * max(1, steps)
+            reachable = max(rounded, lack if promised else min(lack, growable))
+            rooms.append(Room(reachable, pool.withheld_blocks))
+        return tuple(rooms)
+
+
+def _at_once(ops: StepOps) -> StepOps:
+    """The engine takes blocks after this, and may take any that are clean: none is for later."""
+    others = tuple(_at_once(other) for other in ops.others)
+    return StepOps(ops.commit + ops.commit_ahead, [], ops.decommit, others)

@@ -25,38 +25,38 @@ class Orders:
         """Whether a trim waits for a pass to carry it out."""
         return any(True for _ in self._new())
 
-    def begin(self, most_pages: int) -> tuple[int, bool]:
-        """Pages operators want back, ``most_pages`` at most, and whether cached blocks may go
-        for them; every trim is told once.
+    def begin(self, page_bytes: int, prices: Accounts, most_bytes: int) -> tuple[int, bool]:
+        """Bytes operators want back, ``most_bytes`` at most, and whether cached blocks may go for
+        them; every trim is told once.
+
+        Args:
+            page_bytes: of the least page that can be given, on one rank.
+            prices: what that page costs in every account.
+            most_bytes: all there is.
         """
-        pages, with_cache = 0, False
-        costs = [max(account.page_cost[0], 1) for account in self._accounts]
+        num_bytes, with_cache = 0, False
+        costs = [max(account.page_cost[0], 1) for account in prices]
         begun = dict(self._begun)
-        for index, version, num_bytes, cached in self._new():
+        for index, version, trimmed, cached in self._new():
             begun[index] = version
-            wanted = -(-num_bytes // costs[index]) if num_bytes >= 0 else most_pages
-            pages, with_cache = max(pages, wanted), with_cache or cached
+            wanted = -(-trimmed // costs[index]) * page_bytes if trimmed >= 0 else most_bytes
+            num_bytes, with_cache = max(num_bytes, wanted), with_cache or cached
         self._begun = begun
-        return pages, with_cache
+        return num_bytes, with_cache
 
     def finish(self) -> None:
         """The pass that began them is over and what it gave back is published."""
         self._finished = self._begun
 
-    def cache_bound(self, most_blocks: int) -> int:
-        """Blocks that may stay cached."""
-        bound = most_blocks
-        for account in self._accounts:
-            limit = account.member.policy().cache_limit
-            if limit is not None:
-                bound = min(bound, limit // max(account.block_cost, 1))
-        return bound
+    def cache_limits(self) -> list[int | None]:
+        """Bytes that may stay cached, of every account; None for no bound."""
+        return [account.member.policy().cache_limit for account in self._accounts]
 
     def acknowledge(self, cache_fits: bool, settling: bool) -> None:
         """Tell controllers what has taken effect.
 
         Args:
-            cache_fits: no more blocks are cached than :meth:`cache_bound` allows.
+            cache_fits: no more is cached than :meth:`cache_limits` allow.
             settling: pages given back are not released by their workers yet.
         """
         for index, account in enumerate(self._accounts):

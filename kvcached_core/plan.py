@@ -24,6 +24,8 @@ class StepOps:
     """Blocks a later step may touch: backed in the background, before the next step."""
     decommit: BlockRanges
     """Blocks no later step touches: given up once the work in flight is done."""
+    others: tuple[StepOps, ...] = ()
+    """The same for every further pool of the engine, in their order."""
 
 
 @dataclass(frozen=True, slots=True)

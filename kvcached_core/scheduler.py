@@ -8,46 +8,30 @@ sends anyway.  It never talks to a driver, so it needs no GPU context.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
-from ._core import BlockAllocator, Geometry
+from ._core import BlockAllocator
 from .accounts import Account, Accounts
-from .decay import LowWater
-from .demand import Demand, Request
+from .demand import Demand, Request, next_blocks
 from .free_queue import BlockList, ElasticFreeQueue
 from .metrics import HISTOGRAMS, HistogramFeed
 from .orders import Orders
-from .plan import ArenaShape, BlockRanges, StepOps
+from .plan import ArenaShape, StepOps
+from .pool import CachedBlocks, Pool, geometry_of
 from .usage import DeviceUsage
 from .watcher import Watcher
+
+__all__ = ["CachedBlocks", "ElasticScheduler", "Pool", "geometry_of"]
 
 _USAGE_PERIOD_S = 0.1
 _STARVED_PAUSE_MS = 2
 """How long an engine that could run nothing for want of memory waits for some."""
 _PREEMPTION_PAUSE = 3
 """Passes from one preemption for others to the next: its blocks may come back late."""
-
-
-def geometry_of(shape: ArenaShape) -> Geometry:
-    return Geometry(shape.block_bytes, shape.page_bytes, shape.num_blocks, shape.segments)
-
-
-class CachedBlocks(Protocol):
-    """The unreferenced blocks an engine keeps for their content, and gives up when told."""
-
-    @property
-    def num_cached(self) -> int: ...
-
-    def sweep(self) -> None:
-        """Hand over what lost its content without being told."""
-
-    def empty_pages(self, num_pages: int) -> None:
-        """Evict what empties that many more pages, or as many as can be."""
-
-    def evict_down_to(self, num_blocks: int) -> None:
-        """Evict until at most that many blocks are cached."""
 
 
 class ElasticScheduler:
@@ -59,11 +43,13 @@ class ElasticScheduler:
         num_blocks: virtual blocks, the null block (id 0) among them.
         shapes: the distinct arena shapes of the ranks, largest block first.
         accounts: this engine's memberships.
-        parked_bytes: what an idle engine keeps mapped, in bytes of the first shape.
+        parked_bytes: what an idle engine keeps mapped, in bytes of the first shape; of every pool
+            an equal part.
         ahead_bytes: what a growing engine keeps committed ahead, likewise.
         decay_s: how long pages beyond ``parked_bytes`` stay unused first.
         usages: driver totals for accounts that sit on a GPU, or None.
         block_tokens: tokens one block holds for every KV group, to size demand by.
+        most_blocks: blocks one request ever holds at once; None for no bound.
         start_wait_s: how long to wait for the first page while others give memory back.
 
     Raises:
@@ -81,14 +67,15 @@ class ElasticScheduler:
         decay_s: float = 2.0,
         usages: Sequence[DeviceUsage | None] = (),
         block_tokens: float = 16.0,
+        most_blocks: int | None = None,
         start_wait_s: float = 0.0,
     ) -> None:
-        geometries = [geometry_of(shape) for shape in shapes]
-        self.allocator = BlockAllocator(num_blocks, geometries)
         self.accounts = Accounts(accounts)
-        self.queue: CachedBlocks | None = None
-        self.journal: list[tuple[str, int]] | None = None
-        """What was done to the allocator and the cache, for ranks that repeat it; None: nobody."""
+        self.pools: list[Pool] = []
+        """The first is the one that callers mean who name none."""
+        self.journal: list[tuple[str, int, int]] | None = None
+        """What was done to the allocators and the caches, as act, amount and pool, for ranks that
+        repeat it; None: nobody."""
         self.counters = dict.fromkeys(
             (
                 "committed_pages",
@@ -101,39 +88,82 @@ class ElasticScheduler:
             ),
             0,
         )
-        self._num_geometries = len(geometries)
-        self._total_pages = [g.pages_per_segment for g in geometries]
-        self._page_bytes = shapes[0].page_bytes * shapes[0].segments
-        self._block_bytes = shapes[0].block_bytes * shapes[0].segments
-        self.blocks_per_page = max(1, self._page_bytes // self._block_bytes)
-        self._parked_pages = -(-parked_bytes // self._page_bytes)
-        self._ahead_blocks = -(-ahead_bytes // self._block_bytes) if ahead_bytes else 0
-        self._decay = LowWater(decay_s)
+        self._parked_bytes = parked_bytes
+        self._ahead_bytes = ahead_bytes
+        self._decay_s = decay_s
+        self._start_wait_s = start_wait_s
         self._usages = tuple(usages)
         self._usage_at = 0.0
         self._feed = HistogramFeed()
-        self._commit: BlockRanges = []
-        self._decommit: BlockRanges = []
-        self._owed_pages = 0
-        self._keep_pages = 0
+        self._owed_bytes = 0
         self._asked_since: float | None = None
         self._bell = self.accounts.bell()
         self._passes = 0
         self._preempted_in = -_PREEMPTION_PAUSE
-        self.withheld_blocks = 0
-        """Blocks that running requests must free in this pass, for others."""
         self.contended = False
         """Whether others wait for memory in this pass."""
         self._settling = False
         self._watcher: Watcher | None = None
-        self._demand = Demand(self.accounts, self.allocator.cost, block_tokens)
+        self._demand = Demand(self.accounts, self.pools)
         self._orders = Orders(self.accounts)
         self.refresh_usage(force=True)
-        first = [self.allocator.committed_pages(g) for g in range(self._num_geometries)]
-        if not self.accounts.wait_for(first, start_wait_s):
+        self.add_pool(
+            num_blocks, shapes, accounts, block_tokens=block_tokens, most_blocks=most_blocks
+        )
+
+    def add_pool(
+        self,
+        num_blocks: int,
+        shapes: Sequence[ArenaShape],
+        accounts: Sequence[Account],
+        *,
+        block_tokens: float,
+        most_blocks: int | None = None,
+    ) -> Pool:
+        """Have further blocks, of another size, under the same membership.
+
+        Args:
+            num_blocks: as for the first pool, and so are the shapes.
+            shapes: likewise.
+            accounts: the engine's memberships in the same order, priced for these blocks.
+            block_tokens: tokens one block holds.
+            most_blocks: blocks one request ever holds at once; None for no bound.
+
+        Raises:
+            MemoryError: not even its null block can be leased.
+        """
+        pool = Pool(
+            num_blocks,
+            shapes,
+            accounts,
+            block_tokens=block_tokens,
+            most_blocks=most_blocks,
+            decay_s=self._decay_s,
+        )
+        if not pool.accounts.wait_for(pool.committed_pages(), self._start_wait_s):
             raise MemoryError("not even the null block's page can be leased")
-        for account in self.accounts:
-            account.member.set_pinned(account.cost(first))
+        self.pools.append(pool)
+        for account, pinned in zip(self.accounts, self._committed(), strict=True):
+            account.member.set_pinned(pinned)
+        return pool
+
+    # -- the first pool, for engines that have no other ------------------------
+
+    @property
+    def allocator(self) -> BlockAllocator:
+        return self.pools[0].allocator
+
+    @property
+    def queue(self) -> CachedBlocks | None:
+        return self.pools[0].cache
+
+    @queue.setter
+    def queue(self, cache: CachedBlocks | None) -> None:
+        self.pools[0].cache = cache
+
+    @property
+    def blocks_per_page(self) -> int:
+        return self.pools[0].blocks_per_page
 
     def free_queue(
         self, blocks: Sequence[Any], cached: BlockList, evict: Callable[[Any], object]
@@ -145,51 +175,43 @@ class ElasticScheduler:
 
     # -- growing --------------------------------------------------------------
 
-    def growable_blocks(self) -> int:
-        """Uncommitted blocks the ledgers could back now."""
-        allocator = self.allocator
-        uncommitted = allocator.num_uncommitted
+    def growable_blocks(self, pool: int = 0, beside: Sequence[int] = ()) -> int:
+        """Uncommitted blocks of a pool the ledgers could back now.
+
+        Args:
+            pool: index.
+            beside: blocks of every pool that are wanted as well; this one's do not count.
+        """
         # What was given back in this pass must not come back before its workers heard of it.
-        if not uncommitted or self._decommit:
+        if not self.pools[pool].allocator.num_uncommitted or self.gives:
             return 0
-        left = [total - allocator.committed_pages(g) for g, total in enumerate(self._total_pages)]
-        return self.accounts.affordable_blocks(uncommitted, left)
+        others = [0 if index == pool else blocks for index, blocks in enumerate(beside)]
+        return self.pools[pool].affordable_blocks(self._demand.costs(others))
 
     @property
     def gives(self) -> bool:
         """Whether this pass gives memory back, and so can take none."""
-        return bool(self._decommit)
+        return any(pool.decommit for pool in self.pools)
 
-    def grow(self, num_blocks: int) -> int:
+    def grow(self, num_blocks: int, pool: int = 0) -> int:
         """Commit up to ``num_blocks`` more blocks for this step; return how many came."""
-        ranges = self._grow(num_blocks)
-        self._commit += ranges
-        return sum(end - start for start, end in ranges)
-
-    def _grow(self, num_blocks: int) -> BlockRanges:
-        if self._decommit:
-            return []
+        if self.gives:
+            return 0
         self.refresh_usage()
-        num_blocks = min(num_blocks, self.allocator.num_uncommitted)
-        ranges: BlockRanges = []
-        while num_blocks > 0:
-            growth = self.allocator.grow(num_blocks)
-            if self.accounts.lease(growth.page_delta):
-                self._note("grow", num_blocks)
-                self.counters["committed_pages"] += sum(growth.page_delta)
-                return ranges + growth.ranges
-            self.allocator.undo(growth)
-            # Not all: take what there is, and halve if that was too hopeful.
-            growable = self.growable_blocks()
-            num_blocks = growable if growable < num_blocks else num_blocks // 2
-        return ranges
+        wanted, growth = self.pools[pool].grow(num_blocks)
+        if growth is None:
+            return 0
+        self._note("grow", wanted, pool)
+        self.counters["committed_pages"] += sum(growth.page_delta)
+        self.pools[pool].commit += growth.ranges
+        return growth.num_blocks
 
-    def _note(self, act: str, amount: int) -> None:
+    def _note(self, act: str, amount: int, pool: int) -> None:
         if self.journal is not None:
-            self.journal.append((act, amount))
+            self.journal.append((act, amount, pool))
 
-    def note_shortage(self, num_blocks: int) -> None:
-        """The engine was short of that many blocks; other members hear of it."""
+    def note_shortage(self, *num_blocks: int) -> None:
+        """The engine was short of that many blocks of every pool; other members hear of it."""
         self.counters["shortages"] += 1
         self._demand.note(num_blocks)
 
@@ -208,69 +230,133 @@ class ElasticScheduler:
         self._passes += 1
         self._demand.begin(waiting)
         self.accounts.touch()
-        trimmed, with_cache = self._orders.begin(self._total_pages[0])
+        unit = self._unit
+        trimmed, with_cache = self._orders.begin(unit.page_bytes, unit.accounts, self._held_bytes())
         self.contended = self.accounts.others_wait()
         # Memory for what runs now is not spare.
-        self._keep_pages = self._pages_for_next(running) if self.contended or trimmed else 0
+        self._keep_for_next(running if self.contended or trimmed else ())
         if self.contended:
             # What finished requests left since the last pass must not be used again unseen.
             self._publish_spare()
-        asked, asked_running = self._pages_asked()
+        asked, asked_running = self._bytes_asked()
         if asked_running:
-            self._keep_pages = 0  # requests are to go anyway
+            self._keep_for_next(())  # requests are to go anyway
         elif asked and not self.contended:
-            self._keep_pages = self._pages_for_next(running)
+            self._keep_for_next(running)
         if asked and self._asked_since is None:
             self._asked_since = time.monotonic()
         preempt = 0
-        self.withheld_blocks = 0
         if asked_running and self._passes - self._preempted_in >= _PREEMPTION_PAUSE:
-            preempt = self._demand.last_requests(running, self._blocks_on(asked_running))
+            preempt = self._demand.last_requests(running, asked_running)
+        self._withhold(asked_running if preempt else 0)
         if preempt:
-            self.withheld_blocks = self._blocks_on(asked_running)
             self._preempted_in = self._passes
             self.counters["preemptions"] += preempt
-            self.accounts.note_preemption(asked_running * self._page_bytes)
-        self._owed_pages = max(asked + asked_running, trimmed)
-        if self._owed_pages:
+            self.accounts.note_preemption(asked_running)
+        self._owed_bytes = max(asked + asked_running, trimmed)
+        if self._owed_bytes:
             self.counters["reclaim_steps"] += 1
-            evict_for = max(asked, trimmed if with_cache else 0) + self._keep_pages
-            if self.queue is not None and evict_for > self.allocator.parked_pages:
-                self._note("empty", evict_for - self.allocator.parked_pages)
-                self.queue.empty_pages(evict_for - self.allocator.parked_pages)
-            self._decommit += self._give(self._owed_pages)
+            self._evict_for(max(asked, trimmed if with_cache else 0))
+            self._give_owed()
         return preempt
 
-    def _pages_for_next(self, running: Sequence[Request]) -> int:
-        """Parked pages the running requests may need in this pass."""
-        beside = max(0, self.allocator.num_clean - self._blocks_on(self.allocator.parked_pages))
-        needed = self._demand.next_blocks(running) - beside if running else 0
-        return self._pages_for(max(0, needed))
+    @property
+    def _unit(self) -> Pool:
+        """The pool whose page is the least that can be given."""
+        return min(self.pools, key=lambda pool: pool.page_bytes)
 
-    def _blocks_on(self, pages: int) -> int:
-        """Blocks that fill so many pages."""
-        return -(-pages * self._page_bytes // self._block_bytes)
+    def _held_bytes(self) -> int:
+        return sum(p.page_bytes * p.allocator.committed_pages(0) for p in self.pools)
 
-    def _pages_for(self, blocks: int) -> int:
-        """Parked pages that have so many blocks, wherever these lie on them."""
-        # A block may be larger than a page, and a page need not be full of whole blocks.
-        filled = -(-blocks * self._block_bytes // self._page_bytes)
-        return max(filled, -(-blocks // self.blocks_per_page))
+    def _keep_for_next(self, running: Sequence[Request]) -> None:
+        """Keep the parked pages that the running requests may need in this pass."""
+        for pool in self.pools:
+            allocator = pool.allocator
+            beside = max(0, allocator.num_clean - pool.blocks_on(allocator.parked_pages))
+            needed = next_blocks(pool, running) - beside if running else 0
+            pool.keep_pages = pool.pages_for(max(0, needed))
 
-    def _give(self, pages: int) -> BlockRanges:
+    def _withhold(self, num_bytes: int) -> None:
+        """Have running requests free so much, of every pool in proportion to what they hold."""
+        held = [(pool.allocator.num_live - 1) * pool.block_bytes for pool in self.pools]
+        for pool, part in zip(self.pools, held, strict=True):
+            pool.withheld_blocks = pool.blocks_in(-(-num_bytes * part // max(1, sum(held))))
+
+    def _evict_for(self, num_bytes: int) -> None:
+        """Empty pages of the caches until so much is spare, or all that can be."""
+        cached = [pool.num_cached * pool.block_bytes for pool in self.pools]
+        wanted = self._missing(num_bytes)
+        # In proportion, since they hold parts of the same prefixes.
+        for index, pool in enumerate(self.pools):
+            share = -(-wanted * cached[index] // max(1, sum(cached)))
+            self._empty(index, pool.pages_in(min(share, self._missing(num_bytes))))
+        if len(self.pools) > 1:  # what rounding left over
+            for index, pool in enumerate(self.pools):
+                self._empty(index, pool.pages_in(self._missing(num_bytes)))
+
+    def _missing(self, num_bytes: int) -> int:
+        """How much less than so many bytes is spare; what a pool lacks for itself counts too."""
+        return max(
+            0,
+            num_bytes
+            - sum((p.allocator.parked_pages - p.keep_pages) * p.page_bytes for p in self.pools),
+        )
+
+    def _empty(self, index: int, pages: int) -> None:
+        cache = self.pools[index].cache
+        if cache is not None and cache.num_cached and pages > 0:
+            self._note("empty", pages, index)
+            cache.empty_pages(pages)
+
+    def _give_owed(self) -> None:
         """Decommit parked pages others asked for, as far as they can be spared."""
-        if pages <= 0:
-            return []
-        spare = max(0, self.allocator.parked_pages - self._keep_pages)
-        before = [self.allocator.committed_pages(g) for g in range(self._num_geometries)]
-        ranges = self._shrink(min(pages, spare))
-        gone = [n - self.allocator.committed_pages(g) for g, n in enumerate(before)]
-        self._owed_pages = max(0, self._owed_pages - gone[0])
-        for account in self.accounts:
-            account.member.count("reclaimed_bytes", account.cost(gone))
-        return ranges
+        before = self._committed()
+        for index, pool in enumerate(self.pools):
+            pages = min(pool.pages_in(self._owed_bytes), pool.spare_pages)
+            self._owed_bytes = max(0, self._owed_bytes - self._shrink(index, pages))
+        gone = [was - now for was, now in zip(before, self._committed(), strict=True)]
+        for account, num_bytes in zip(self.accounts, gone, strict=True):
+            if num_bytes:
+                account.member.count("reclaimed_bytes", num_bytes)
 
-    def take_ops(self, scheduled_tokens: int = 1, needed_blocks: int = 0) -> StepOps:
+    def yield_to(self, short: Sequence[int], needed: Sequence[int]) -> bool:
+        """Let pools that are not short give up what those that are lack: a member is never asked
+        for its own demand. First unused pages go, then cached blocks.
+
+        Args:
+            short: blocks every pool lacks, and neither caches itself nor could lease.
+            needed: clean blocks every pool is still to take in this pass.
+
+        Returns:
+            Whether there was something, or is on its way.
+        """
+        returning = self._returning_here()
+        missing = -returning
+        for pool, lack, keep in zip(self.pools, short, needed, strict=True):
+            missing += max(0, lack) * pool.block_bytes
+            pool.keep_pages = max(pool.keep_pages, pool.pages_for(keep))
+        for evicts in (False, True):
+            for index, pool in enumerate(self.pools):
+                if short[index] > 0 or missing <= 0:
+                    continue
+                pages = pool.pages_in(missing)
+                if evicts:
+                    self._empty(index, pages - pool.spare_pages)
+                missing -= self._shrink(index, min(pages, pool.spare_pages))
+        return self.gives or returning > 0
+
+    def _returning_here(self) -> int:
+        """Bytes that were given up and are not released yet, of one rank."""
+        unit = self._unit
+        most = 0
+        for index, account in enumerate(unit.accounts):
+            pages = -(-self._returning(index) // max(account.page_cost[0], 1))
+            most = max(most, pages * unit.page_bytes)
+        return most
+
+    def take_ops(
+        self, scheduled_tokens: int = 1, needed_blocks: int | Sequence[int] = 0
+    ) -> StepOps:
         """Close a scheduling pass: what its workers commit and decommit.
 
         Call exactly once per step that is sent, after all its blocks were taken, or else say how
@@ -278,56 +364,80 @@ class ElasticScheduler:
 
         Args:
             scheduled_tokens: tokens the step runs; 0 if nothing could be scheduled.
-            needed_blocks: clean blocks the step is still to take.
+            needed_blocks: clean blocks the step is still to take, of every pool.
         """
-        needed_pages = self._pages_for(needed_blocks)
-        self._keep_pages = max(self._keep_pages, needed_pages)
-        if self.queue is not None:
-            self.queue.sweep()
-            bound = self._cache_bound()
-            if self.queue.num_cached > bound:
-                self._note("keep", bound)
-                self.queue.evict_down_to(bound)
-        grew = bool(self._commit)
+        needed = [needed_blocks] if isinstance(needed_blocks, int) else needed_blocks
+        needed_pages = [p.pages_for(n) for p, n in zip(self.pools, needed, strict=True)]
+        for pool, pages in zip(self.pools, needed_pages, strict=True):
+            pool.keep_pages = max(pool.keep_pages, pages)
+            if pool.cache is not None:
+                pool.cache.sweep()
+        for index, pool in enumerate(self.pools):
+            bound = self._cache_bound(index)
+            if pool.cache is not None and pool.num_cached > bound:
+                self._note("keep", bound, index)
+                pool.cache.evict_down_to(bound)
+        grew = [bool(pool.commit) for pool in self.pools]
         # What preempted requests left, then what nobody has used for long.
-        self._decommit += self._give(self._owed_pages)
-        unused = max(self.allocator.parked_pages - self._parked_pages - needed_pages, 0)
-        self._decommit += self._shrink(self._decay.observe(unused, time.monotonic()))
-        decommit, self._decommit = self._decommit, []
+        self._give_owed()
+        now = time.monotonic()
+        for index, (pool, pages) in enumerate(zip(self.pools, needed_pages, strict=True)):
+            unused = pool.allocator.parked_pages - self._parked_pages(pool) - pages
+            self._shrink(index, pool.decay.observe(max(unused, 0), now))
+        gave = self.gives
         short = self._demand.end()
-        ahead = self._commit_ahead() if grew and not decommit and not short else []
-        commit, self._commit = self._commit, []
-        self._publish(bool(decommit))
-        if short and not scheduled_tokens and not decommit:
+        ops: list[StepOps] = []
+        for index, pool in enumerate(self.pools):
+            commit, pool.commit = pool.commit, []
+            if grew[index] and not gave and not short:
+                self._commit_ahead(index)
+            ahead, pool.commit = pool.commit, []
+            ops.append(StepOps(commit, ahead, pool.decommit))
+            pool.decommit = []
+        self._publish(gave)
+        if short and not scheduled_tokens and not gave:
             self._bell.wait(_STARVED_PAUSE_MS)
-        return StepOps(commit, ahead, decommit)
+        return replace(ops[0], others=tuple(ops[1:]))
 
-    def _commit_ahead(self) -> BlockRanges:
-        missing = self._ahead_blocks - self.allocator.num_clean
+    def _parked_pages(self, pool: Pool) -> int:
+        return pool.pages_in(self._parked_bytes // len(self.pools))
+
+    def _commit_ahead(self, index: int) -> None:
+        pool = self.pools[index]
+        missing = pool.blocks_in(self._ahead_bytes // len(self.pools)) - pool.allocator.num_clean
         # Never take the last bytes for a guess: others may need them now.
-        if missing <= 0 or self.growable_blocks() < 4 * missing:
-            return []
-        return self._grow(missing)
+        if missing > 0 and self.growable_blocks(index) >= 4 * missing:
+            self.grow(missing, index)
 
-    def _pages_asked(self) -> tuple[int, int]:
-        """Pages the ledgers ask for: unused ones, and those that running requests hold."""
+    def _bytes_asked(self) -> tuple[int, int]:
+        """What the ledgers ask for: unused memory, and some that running requests hold."""
+        unit = self._unit
         soft = hard = 0
-        for account in self.accounts:
-            asked, asked_running = account.member.ask()
+        for account, own in zip(unit.accounts, self.accounts, strict=True):
+            asked, asked_running = own.member.ask()
             cost = max(account.page_cost[0], 1)
             soft, hard = max(soft, -(-asked // cost)), max(hard, -(-asked_running // cost))
-        return soft, hard
+        return soft * unit.page_bytes, hard * unit.page_bytes
 
-    def _cache_bound(self) -> int:
-        return self._orders.cache_bound(self.allocator.num_blocks)
+    def _cache_bound(self, index: int) -> int:
+        """Blocks of a pool that may stay cached."""
+        pool = self.pools[index]
+        bound = pool.allocator.num_blocks
+        for limit, held in zip(self._orders.cache_limits(), self._cached(), strict=True):
+            if limit is not None and held > limit:
+                bound = min(bound, pool.num_cached * limit // held)
+        return bound
 
-    def _shrink(self, pages: int) -> BlockRanges:
+    def _shrink(self, index: int, pages: int) -> int:
+        """Decommit up to so many parked pages; return their bytes."""
         if pages <= 0:
-            return []
-        self._note("shrink", pages * self._page_bytes)
-        shrunk = self.allocator.shrink(pages * self._page_bytes)
+            return 0
+        pool = self.pools[index]
+        self._note("shrink", pages * pool.page_bytes, index)
+        shrunk = pool.allocator.shrink(pages * pool.page_bytes)
         self.counters["decommitted_pages"] -= sum(shrunk.page_delta)
-        return shrunk.ranges
+        pool.decommit += shrunk.ranges
+        return -shrunk.page_delta[0] * pool.page_bytes
 
     # -- around the step ------------------------------------------------------
 
@@ -337,7 +447,7 @@ class ElasticScheduler:
         Safe to call from another thread, as :meth:`wants_step` is.
         """
         self.refresh_usage()
-        self._orders.acknowledge(self._num_cached() <= self._cache_bound(), self._settling)
+        self._orders.acknowledge(self._caches_fit(), self._settling)
         return self.wants_step()
 
     def wants_step(self) -> bool:
@@ -345,22 +455,42 @@ class ElasticScheduler:
 
         Safe to call from another thread: it reads counters only.
         """
-        if self._commit:
+        if any(pool.commit for pool in self.pools):
             return True
-        if self._settling and not any(self._returning(a) for a in self.accounts):
+        if self._settling and not any(map(self._returning, range(len(self.accounts)))):
             return True  # so that the engine's metrics tell what the workers have released
-        unused = self.allocator.parked_pages
-        if unused > self._parked_pages and self._decay.is_due(time.monotonic()):
+        now = time.monotonic()
+        for pool in self.pools:
+            unused = pool.allocator.parked_pages
+            if unused > self._parked_pages(pool) and pool.decay.is_due(now):
+                return True
+        if not self._caches_fit() or self._orders.has_new():
             return True
-        cached = self._num_cached()
-        if cached > self._cache_bound() or self._orders.has_new():
-            return True
-        return bool(unused or cached) and self._pages_asked()[0] > 0
+        spare = any(pool.allocator.parked_pages or pool.num_cached for pool in self.pools)
+        return spare and self._bytes_asked()[0] > 0
 
-    def _returning(self, account: Account) -> int:
-        """Bytes decommitted here that the workers have not released yet."""
-        committed = [self.allocator.committed_pages(g) for g in range(self._num_geometries)]
-        return max(0, account.member.info().leased - account.cost(committed))
+    def _caches_fit(self) -> bool:
+        limits = zip(self._orders.cache_limits(), self._cached(), strict=True)
+        return all(limit is None or held <= limit for limit, held in limits)
+
+    def _returning(self, index: int) -> int:
+        """Bytes of an account given up here that the workers have not released yet."""
+        (account,) = itertools.islice(self.accounts, index, index + 1)
+        return max(0, account.member.info().leased - self._committed()[index])
+
+    def _over_pools(self, bytes_of: Callable[[Pool, Account], int]) -> list[int]:
+        """Of every account the sum over the pools, at what these cost there."""
+        totals = [0] * len(self.accounts)
+        for pool in self.pools:
+            for index, account in enumerate(pool.accounts):
+                totals[index] += bytes_of(pool, account)
+        return totals
+
+    def _committed(self) -> list[int]:
+        return self._over_pools(lambda pool, account: account.cost(pool.committed_pages()))
+
+    def _cached(self) -> list[int]:
+        return self._over_pools(lambda pool, account: pool.num_cached * account.block_cost)
 
     def refresh_usage(self, force: bool = False) -> None:
         """Publish the driver's totals to the ledgers, at most every 100 ms."""
@@ -373,20 +503,16 @@ class ElasticScheduler:
                 account.ledger.set_device_used(usage.used_bytes())
 
     def _publish_spare(self) -> None:
-        spare = max(0, self.allocator.parked_pages - self._keep_pages)
-        cached = self._num_cached()
-        for account in self.accounts:
-            account.member.set_parked(spare * account.page_cost[0])
-            account.member.set_cached(cached * account.block_cost)
-
-    def _num_cached(self) -> int:
-        return self.queue.num_cached if self.queue is not None else 0
+        spare = self._over_pools(lambda pool, account: pool.spare_pages * account.page_cost[0])
+        for account, parked, cached in zip(self.accounts, spare, self._cached(), strict=True):
+            account.member.set_parked(parked)
+            account.member.set_cached(cached)
 
     def _publish(self, gave: bool) -> None:
         self._publish_spare()
         settling = gave
-        for account in self.accounts:
-            returning = self._returning(account)
+        for index, account in enumerate(self.accounts):
+            returning = self._returning(index)
             settling = settling or returning > 0
             account.member.set_returning(returning)
         # At once, and before the trims count as done: another thread acknowledges them.

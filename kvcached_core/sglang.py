@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ._core import Backend, BlockAllocator, VmmError
 from .config import Config, ConfigError
 from .devices import defaults, describe, open_backend, page_size
-from .join import join
-from .lockstep import Leader, Load, PassOrder, Replica
+from .join import Joined, join
+from .lockstep import Copy, Leader, Load, Need, PassOrder, Replica, Room
 from .mps import require_launched_with
 from .plan import ArenaShape, RankDevice, StepOps, WorkerBinding
 from .scheduler import CachedBlocks, ElasticScheduler, geometry_of
+from .sglang_load import load_of, most_blocks
 from .static_memory import StaticMemory, follow_static
 from .tree_eviction import nodes_to_evict
 from .waker import Waker
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sglang.kvcached")
 
-__all__ = ["PassOrder", "SglangRank", "check_supported", "nodes_to_evict"]
+__all__ = ["PassOrder", "SglangRank", "check_supported", "load_of", "nodes_to_evict"]
 
 DEFAULT_PAGE_SIZE = 16
 """Tokens. At SGLang's own default, 1, a decode step takes neighbouring slots for all its requests,
@@ -187,14 +187,25 @@ def _is_set(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
 
 
+@dataclass(slots=True)
+class RankPool:
+    """One pool of a rank: its arena, and how its blocks are told."""
+
+    arena: WorkerArena
+    block_tokens: int
+    window: int | None
+    """The last tokens of a request it keeps; None: all."""
+
+
 class SglangRank:
-    """One rank: its device before the KV cache exists, then its arena and its share of each pass.
+    """One rank: its device before the KV cache exists, then its arenas and its share of each pass.
 
     Args:
         server_args: the engine's arguments.
         ordinal: device ordinal as this process sees it; ignored on the CPU.
         ranks: the ranks that schedule alike; all make theirs at the same time.
         own_bytes: held on the device now: the weights.
+        num_pools: pools there will be.
         is_rocm: whether a ``cuda`` device is a ROCm device.
     """
 
@@ -205,6 +216,7 @@ class SglangRank:
         ranks: Ranks,
         *,
         own_bytes: int = 0,
+        num_pools: int = 1,
         is_rocm: bool = False,
     ) -> None:
         self.config = load_config(server_args)
@@ -212,12 +224,13 @@ class SglangRank:
         self.order = PassOrder()
         self._backend: Backend = open_backend(self.kind, ordinal, self.config)
         self._ranks = ranks
-        self._arena: WorkerArena | None = None
+        self._pools: list[RankPool] = []
+        self._chunk: int | None = _chunk(server_args)
         self._static: StaticMemory | None = None
+        self._joined: Joined | None = None
         self._leader: Leader | None = None
         self._replica: Replica | None = None
         self._waker: Waker | None = None
-        self._block_tokens = 1
         self._engine: Any = None
         self._metrics: EngineMetrics | None = None
         self._exported_at = 0.0
@@ -227,7 +240,7 @@ class SglangRank:
         self._looked_at = 0.0
         self._heard = -1
         self.virtual_bytes, self._static_bytes = self._size(
-            server_args.mem_fraction_static, own_bytes
+            server_args.mem_fraction_static, own_bytes, num_pools
         )
         """The KV bytes every rank may ever have: virtual, so they cost nothing."""
         self.land: Callable[[], object] = lambda: None
@@ -235,7 +248,7 @@ class SglangRank:
 
     # -- start ----------------------------------------------------------------
 
-    def _size(self, fraction: float, own_bytes: int) -> tuple[int, int]:
+    def _size(self, fraction: float, own_bytes: int, num_pools: int) -> tuple[int, int]:
         if self.kind == "host":
             most, static = self.config.capacity // self._ranks.size, 0
         else:
@@ -245,16 +258,26 @@ class SglangRank:
             most = int(total * fraction) - own_bytes
             static = own_bytes + int(total * (1 - fraction))
         # What no ledger will ever lease must not be promised to a request, which would wait for
-        # ever: the headroom, and the padding block with what the last page lacks.
+        # ever: the headroom, and of every pool the padding block with what the last page lacks.
         kind = defaults(self.kind)
         page = self.config.page_size or max(kind.page_size, self._backend.granularity)
-        most -= (kind.headroom if self.config.headroom is None else self.config.headroom) + 2 * page
+        most -= kind.headroom if self.config.headroom is None else self.config.headroom
+        most -= 2 * page * num_pools
         if self.config.max_kv is not None:
             most = min(most, self.config.max_kv)
         return min(self._ranks.gather(most)), static
 
-    def open(self, num_blocks: int, block_bytes: int, block_tokens: int) -> Any:
-        """Join the ledgers and reserve the arena; every rank calls this at the same time.
+    def open(
+        self, num_blocks: int, block_bytes: int, block_tokens: int, window: int | None = None
+    ) -> Any:
+        """Make a pool: join the ledgers with the first, and reserve its arena; every rank calls
+        this at the same time. Pools are numbered as they are made.
+
+        Args:
+            num_blocks: virtual blocks, the padding block (0) among them.
+            block_bytes: of one block, on this rank.
+            block_tokens: tokens of one block.
+            window: the last tokens of a request the pool keeps; None: all.
 
         Returns:
             The arena as a DLPack object: int8, shape ``[num_blocks * block_bytes]``.
@@ -265,68 +288,88 @@ class SglangRank:
         device = describe(self._backend, self.kind, self.config, self._static_bytes)
         shape = ArenaShape(num_blocks, block_bytes, page_size(device, self.config))
         found: list[tuple[RankDevice, ArenaShape]] = self._ranks.gather((device, shape))
-        self._block_tokens = block_tokens
         bindings: list[WorkerBinding] | str = ""
         if self._ranks.rank == 0:
-            bindings = self._join(found, block_tokens)
+            most = most_blocks(window, self._chunk, block_tokens)
+            bindings = self._join(found, block_tokens, most)
         bindings = self._ranks.broadcast(bindings)
         if isinstance(bindings, str):
             raise ConfigError(bindings)
-        self._arena = WorkerArena(self._backend, bindings[self._ranks.rank])
-        if self.kind != "host":
-            self._static = follow_static(self._arena, device)
+        arena = WorkerArena(self._backend, bindings[self._ranks.rank])
+        if self.kind != "host" and self._static is None:
+            self._static = follow_static(arena, device)
         if self._leader is None:
             distinct = sorted({s for _, s in found}, key=lambda s: s.block_bytes, reverse=True)
-            geometries = [geometry_of(s) for s in distinct]
-            self._replica = Replica(BlockAllocator(num_blocks, geometries))
-        return self._arena.raw_tensor()
+            copy = Copy(BlockAllocator(num_blocks, [geometry_of(s) for s in distinct]))
+            self._replica = self._replica or Replica()
+            self._replica.pools.append(copy)
+        self._pools.append(RankPool(arena, block_tokens, window))
+        return arena.raw_tensor()
 
     def _join(
-        self, found: list[tuple[RankDevice, ArenaShape]], block_tokens: int
+        self, found: list[tuple[RankDevice, ArenaShape]], block_tokens: int, most: int | None
     ) -> list[WorkerBinding] | str:
+        devices, shapes = [device for device, _ in found], [shape for _, shape in found]
         try:
-            joined = join(
+            if self._joined is not None:
+                return self._joined.add_pool(
+                    shapes, block_tokens=block_tokens, most_blocks=most, logger=logger
+                )
+            self._joined = join(
                 self.config,
-                [shape for _, shape in found],
-                [device for device, _ in found],
+                shapes,
+                devices,
                 block_tokens=block_tokens,
+                most_blocks=most,
                 zero_recycled=[False] * len(found),
                 logger=logger,
             )
         except (ConfigError, VmmError) as error:
             return str(error)  # for the other ranks, which wait for an answer
-        self._leader = Leader(joined.scheduler, self._ranks.size)
-        return [binding for binding in joined.bindings if binding is not None]
+        self._leader = Leader(self._joined.scheduler, self._ranks.size)
+        return [binding for binding in self._joined.bindings if binding is not None]
+
+    @property
+    def num_pools(self) -> int:
+        """Pools made so far."""
+        return len(self._pools)
 
     @property
     def allocator(self) -> BlockAllocator:
-        """This rank's block allocator; block 0 is the padding page."""
+        """This rank's block allocator of the first pool; block 0 is the padding page."""
+        return self.allocator_of(0)
+
+    def allocator_of(self, pool: int) -> BlockAllocator:
+        """This rank's block allocator of a pool."""
         if self._leader is not None:
-            return self._leader.scheduler.allocator
+            return self._leader.scheduler.pools[pool].allocator
         assert self._replica is not None
-        return self._replica.allocator
+        return self._replica.pools[pool].allocator
+
+    def room(self, pool: int) -> Room:
+        """What this pass may count on in a pool."""
+        return self.order.room(pool)
 
     @property
     def scheduler(self) -> ElasticScheduler | None:
         """The scheduler half, on the first rank."""
         return self._leader.scheduler if self._leader is not None else None
 
-    @property
-    def blocks_per_page(self) -> int:
+    def blocks_per_page(self, pool: int = 0) -> int:
         """Blocks of a page of this rank, 1 if they are larger."""
-        geometry = self.allocator.geometries[0]
+        geometry = self.allocator_of(pool).geometries[0]
         return max(1, int(geometry.page_bytes // geometry.block_bytes))
 
     def attach(self, engine: Any) -> None:
         """The engine's scheduler, once it has its queues."""
         self._engine = engine
 
-    def set_cache(self, cache: CachedBlocks) -> None:
-        """The engine's prefix cache, once it has one."""
+    def set_cache(self, cache: CachedBlocks, pool: int = 0) -> None:
+        """What the engine's prefix cache keeps in a pool, once there is one."""
         if self._leader is not None:
-            self._leader.scheduler.queue = cache
+            self._leader.scheduler.pools[pool].cache = cache
         elif self._replica is not None:
-            self._replica.cache = cache
+            self._replica.pools[pool].cache = cache
 
     # -- every pass -----------------------------------------------------------
 
@@ -341,13 +384,15 @@ class SglangRank:
         # In the same passes on every rank: what is freed at once is reused in another order than
         # what is freed one after the other.
         self.land()
-        load = load_of(self._engine, received, self._block_tokens)
+        windows = [pool.window for pool in self._pools]
+        load = load_of(self._engine, received, self._pools[0].block_tokens, windows)
         busy, self._busy = self._busy, load is not None
         # Once more when nothing is left to do: its last request may have been given up waiting.
         if not self._look() and load is None and not busy:
             return received
         before = self.order
-        self.order, ops = self._leader.plan(load or _NOTHING)
+        nothing = Load((), (), (Need(0, 0, 0),) * len(self._pools))
+        self.order, ops = self._leader.plan(load or nothing)
         self._apply(ops)
         if self._ranks.size > 1 and (self.order.acts or replace(before, acts=()) != self.order):
             return [*received, self.order]
@@ -365,10 +410,10 @@ class SglangRank:
         return received[:-1]
 
     def _apply(self, ops: StepOps) -> None:
-        assert self._arena is not None
-        self._arena.apply(ops)
+        for pool, theirs in zip(self._pools, (ops, *ops.others), strict=True):
+            pool.arena.apply(theirs)
         if self._static is not None:
-            self._static.refresh(self._arena.committed_bytes)
+            self._static.refresh(sum(pool.arena.committed_bytes for pool in self._pools))
 
     def _look(self) -> bool:
         """Whether an idle engine has something to do, looked at with news or now and then."""
@@ -413,7 +458,7 @@ class SglangRank:
     def count(self, name: str, num_tokens: int) -> None:
         """Count cached tokens as blocks: ``cache_hits`` or ``cache_evictions``."""
         if self._leader is not None:
-            self._leader.scheduler.counters[name] += num_tokens // self._block_tokens
+            self._leader.scheduler.counters[name] += num_tokens // self._pools[0].block_tokens
 
     def wake_fd(self) -> int | None:
         """A descriptor that is readable when a sleeping engine has something to do."""
@@ -424,112 +469,15 @@ class SglangRank:
         return self._waker.fd
 
     def close(self) -> None:
-        """Leave the ledgers and release the arena."""
+        """Leave the ledgers and release the arenas."""
         if self._leader is not None:
             self._leader.scheduler.close()
-        if self._arena is not None:
-            self._arena.close()
-            self._arena = None
+        for pool in self._pools:
+            pool.arena.close()
+        self._pools = []
 
 
-_NOTHING = Load((), (), 0, 0, 0)
-_CLIP_NEW_TOKENS = int(os.environ.get("SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION", "4096"))
-"""As SGLang's own admission counts."""
-
-
-@dataclass(slots=True)
-class _Tokens:
-    """A request of SGLang's, in the words of demand.py."""
-
-    num_tokens: int
-    num_computed_tokens: int
-
-
-class _Requests(Sequence[_Tokens]):
-    """SGLang's requests, looked at only if somebody asks: mostly nobody does."""
-
-    def __init__(self, requests: Sequence[Any]) -> None:
-        self._requests = requests
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def __getitem__(self, index: Any) -> Any:
-        request = self._requests[index]
-        if isinstance(index, slice):
-            return _Requests(request)
-        if isinstance(request, _Tokens):
-            return request
-        return _Tokens(_length(request), getattr(request, "kv_committed_len", 0))
-
-    def __iter__(self) -> Iterator[_Tokens]:
-        return (self[index] for index in range(len(self._requests)))
-
-
-def _length(request: Any) -> int:
-    ids = getattr(request, "origin_input_ids", None)
-    if ids is None:  # came in just now
-        return len(getattr(request, "input_ids", None) or ())
-    return len(ids) + len(request.output_ids)
-
-
-def load_of(scheduler: Any, received: Sequence[Any], block_tokens: int) -> Load | None:
-    """What the engine's scheduler is about to run; None if it is idle.
-
-    Args:
-        scheduler: SGLang's.
-        received: what came in for this pass and is not in its queue yet.
-        block_tokens: tokens of one block.
-    """
-    chunked = scheduler.chunked_req
-    running = list(scheduler.running_batch.reqs)
-    last = scheduler.last_batch
-    if last is not None and last is not scheduler.running_batch and last.forward_mode.is_extend():
-        running += [request for request in last.reqs if request is not chunked]
-    queued = scheduler.waiting_queue
-    new = [request for request in received if getattr(request, "input_ids", None)]
-    if not running and not queued and not new and chunked is None and last is None:
-        return None
-    decode = sum(request.kv_committed_len % block_tokens == 0 for request in running)
-    # As many tokens as one prefill may have, and the page each of its requests may leave unfilled.
-    # Where there are chunks, only their size cuts one: it must fit, or its request is not let in.
-    room = scheduler.chunked_prefill_size or scheduler.max_prefill_tokens
-    holders = running
-    prefill = chunk = 0
-    if chunked is not None:
-        left = min(room, max(0, _length(chunked) - chunked.kv_committed_len))
-        prefill = chunk = -(-left // block_tokens) + 1
-        room -= left
-        # Nobody can have what it holds, so what it lacks stays for it. The last to be preempted.
-        rest = _Tokens(_length(chunked) + block_tokens, chunked.kv_committed_len)
-        holders = [rest, *running]
-    waiting = [*queued, *new]
-    for request in waiting:
-        if room <= 0:
-            break
-        tokens = min(_length(request), room)
-        if scheduler.chunked_prefill_size is None and not prefill:
-            tokens = _length(request)  # the first is admitted whatever its length
-        prefill += -(-tokens // block_tokens) + 1
-        room -= tokens
-    wanted, first = decode + prefill, 0
-    if waiting:
-        first = decode + chunk + -(-_length(waiting[0]) // block_tokens) + 1
-        # The engine admits the first once all it may generate could be had, and what those that
-        # run may still generate, in part.
-        ratio = scheduler.new_token_ratio_tracker.current
-        tokens = _length(waiting[0]) + _to_come(waiting[0]) + 2 * block_tokens
-        tokens += int(sum(_to_come(request, ratio) for request in running))
-        wanted = max(wanted, math.ceil(tokens / block_tokens))
-    return Load(
-        _Requests(holders), _Requests(waiting), decode + chunk, decode + prefill, wanted, first
-    )
-
-
-def _to_come(request: Any, ratio: float = 1.0) -> float:
-    """Tokens a request may still generate; in part, if it may stop before."""
-    sampling = request.sampling_params
-    most = (sampling.max_new_tokens or 0) - len(getattr(request, "output_ids", ()))
-    if sampling.ignore_eos:
-        return max(0, most)
-    return max(0, min(most, _CLIP_NEW_TOKENS)) * ratio
+def _chunk(server_args: Any) -> int | None:
+    """Tokens of a prefill at most; None for no bound."""
+    size = getattr(server_args, "chunked_prefill_size", None)
+    return size if size and size > 0 else None

@@ -245,7 +245,7 @@ class LittleSglang:
 
     def available(self) -> int:
         self.land()
-        return (self.allocator.num_clean - self.order.withheld_blocks) * self.block_tokens
+        return (self.allocator.num_clean - self.order.room().withheld_blocks) * self.block_tokens
 
     def _evictable(self) -> int:
         return self.tree.num_cached * self.block_tokens
@@ -323,7 +323,7 @@ class LittleSglang:
         return Batch(added, extends=True)
 
     def _total_left(self) -> float:
-        reachable = self.order.reachable_blocks * self.block_tokens
+        reachable = self.order.room().reachable_blocks * self.block_tokens
         return self.available() + self._evictable() + reachable - self._total_off
 
     def _now_left(self) -> int:

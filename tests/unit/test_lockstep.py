@@ -20,14 +20,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from kvcached_core import ArenaShape, ElasticScheduler, Ledger
 from kvcached_core._core import BlockAllocator
 from kvcached_core.accounts import Account
-from kvcached_core.lockstep import Leader, Load, PassOrder, Replica
+from kvcached_core.lockstep import Leader, Load, Need, PassOrder, Replica
 from kvcached_core.plan import BlockRanges, StepOps
 from kvcached_core.scheduler import geometry_of
 from kvcached_core.sglang import load_of
 from tests.support.little_sglang import Abort, Arrival, LittleSglang, Sampling
 
 PAGE = 1 << 16
-NOTHING = Load((), (), 0, 0, 0)
+NOTHING = Load((), (), (Need(0, 0, 0),))
 
 
 def another(ledger: Ledger) -> Ledger:
@@ -79,7 +79,8 @@ class Group:
 
     @property
     def allocators(self) -> list[BlockAllocator]:
-        return [self.scheduler.allocator, *(replica.allocator for replica in self.replicas)]
+        others = [replica.pools[0].allocator for replica in self.replicas]
+        return [self.scheduler.allocator, *others]
 
     @property
     def allocator(self) -> BlockAllocator:
@@ -149,7 +150,8 @@ def load(
     wanted: int = 0,
     first: int = 0,
 ) -> Load:
-    return Load(running, waiting, running_blocks, needed, max(needed, wanted), first)
+    need = Need(running_blocks, needed, max(needed, wanted), first)
+    return Load(running, waiting, (need,))
 
 
 @pytest.fixture
@@ -167,7 +169,7 @@ def test_a_pass_grows_by_what_it_needs_on_every_rank(ledger: Ledger) -> None:
     assert group.allocator.num_clean == 10
     assert ids(ops.commit) == set(range(1, 11))
     assert ledger.total_leased() == 2 * 11 * PAGE
-    assert group.order.acts == (("grow", 10),)
+    assert group.order.acts == (("grow", 10, 0),)
     group.take(4)
     assert not group.plan(load(6)).commit  # there already
     assert group.order.acts == ()
@@ -179,14 +181,14 @@ def test_one_rank_has_nobody_to_tell(ledger: Ledger) -> None:
     group = make(ledger, ranks=1)
     assert group.plan(load(10)).commit
     assert group.order.acts == ()
-    assert group.order.reachable_blocks == 64 - 11  # and tells itself exactly
+    assert group.order.room().reachable_blocks == 64 - 11  # and tells itself exactly
 
 
 def test_pages_for_growth_to_come_are_committed_on_every_rank(ledger: Ledger) -> None:
     group = make(ledger, ahead_bytes=4 * PAGE)
     ops = group.plan(load(1))
     assert ids(ops.commit) == {1, 2, 3, 4}
-    assert group.order.acts == (("grow", 1), ("grow", 3))
+    assert group.order.acts == (("grow", 1, 0), ("grow", 3, 0))
     group.take(4)
     assert ids(group.plan(load(6)).commit) == set(range(5, 11))
 
@@ -197,7 +199,7 @@ def test_it_takes_what_there_is_and_posts_the_rest(ledger: Ledger) -> None:
     assert neighbour.lease(40 * PAGE)
     group.plan(load(20, waiting=[Tokens(16 * 20)]))
     assert group.allocator.num_clean == 11
-    assert group.order.acts == (("grow", 11),)
+    assert group.order.acts == (("grow", 11, 0),)
     assert group.member.info().demand == 9 * 2 * PAGE
     assert group.member.info().waiting == 1
     neighbour.release(40 * PAGE)
@@ -260,18 +262,18 @@ def test_blocks_are_withheld_when_running_requests_must_go(
     held = group.take(12)
     running = [Tokens(16 * 6, 16 * 6)] * 2
     group.plan(load(running=running))
-    assert group.order.withheld_blocks == 0
+    assert group.order.room().withheld_blocks == 0
     operator = another(ledger)
     operator.set_policy(group.member.slot, group.member.generation, limit=9 * page)
     group.plan(load(running=running))
-    assert group.order.withheld_blocks == 4
+    assert group.order.room().withheld_blocks == 4
     # What it freed for that is not handed out again; what it did not free is asked for later.
     group.plan(load(running=running))
-    assert group.order.withheld_blocks == 0
+    assert group.order.room().withheld_blocks == 0
     group.free(held[6:])
     group.plan(load(running=running[:1]))
     assert ledger.total_leased() <= 9 * page
-    assert group.order.withheld_blocks == 0
+    assert group.order.room().withheld_blocks == 0
     assert group.scheduler.counters["preemptions"] == 1
 
 
@@ -284,7 +286,7 @@ def test_running_requests_are_asked_again_after_some_passes(ledger: Ledger) -> N
     withheld = []
     for _ in range(7):
         group.plan(load(running=[Tokens(16 * 12, 16 * 12)]))
-        withheld.append(group.order.withheld_blocks)
+        withheld.append(group.order.room().withheld_blocks)
     assert withheld == [4, 0, 0, 4, 0, 0, 4]
 
 
@@ -371,7 +373,7 @@ def test_who_waits_beside_others_takes_all_of_its_prompt_or_nothing(ledger: Ledg
     assert group.member.info().demand == (40 - 2) * PAGE
     group.plan(load(5, waiting=[request], wanted=30, first=21, running_blocks=2))
     assert group.allocator.num_clean == 21
-    assert group.order.reachable_blocks >= 9
+    assert group.order.room().reachable_blocks >= 9
 
 
 def test_what_lets_a_request_in_is_told_though_taking_it_costs_the_rank(ledger: Ledger) -> None:
@@ -383,7 +385,7 @@ def test_what_lets_a_request_in_is_told_though_taking_it_costs_the_rank(ledger: 
     group.plan(load(5, waiting=[Tokens(16 * 20)], wanted=25, first=21))
     assert group.allocator.num_clean == 21
     assert group.member.claimable() == 0  # now the other is before it
-    assert group.order.reachable_blocks == 4
+    assert group.order.room().reachable_blocks == 4
     assert group.member.info().demand == 0
 
 
@@ -397,7 +399,7 @@ def test_a_bounded_cache_is_the_same_on_every_rank(ledger: Ledger, block_bytes: 
         for rank in engine.ranks:
             rank.tree.add(rank.tree.root, 0, blocks, 1)
     group.plan()
-    assert ("keep", 5 * PAGE // block_bytes) in group.order.acts
+    assert ("keep", 5 * PAGE // block_bytes, 0) in group.order.acts
     assert [rank.tree.num_cached for rank in engine.ranks] == [half] * 3
 
 
@@ -420,15 +422,15 @@ def test_pages_of_the_cache_are_emptied_on_every_rank(ledger: Ledger) -> None:
 def test_what_could_be_had_is_told_in_steps_but_never_too_little(ledger: Ledger) -> None:
     group = make(ledger)  # 1000 virtual blocks: told in steps of 15
     group.plan()
-    assert group.order.reachable_blocks == 30
+    assert group.order.room().reachable_blocks == 30
     neighbour = another(ledger).join("neighbour")
     assert neighbour.lease(40 * PAGE)
     group.plan(load(1))
-    assert group.order.reachable_blocks == 0  # of 10
+    assert group.order.room().reachable_blocks == 0  # of 10
     group.plan(load(1, wanted=8))
-    assert group.order.reachable_blocks >= 7
+    assert group.order.room().reachable_blocks >= 7
     group.plan(load(1, wanted=100))
-    assert group.order.reachable_blocks == 10
+    assert group.order.room().reachable_blocks == 10
 
 
 class Engine:
@@ -443,7 +445,7 @@ class Engine:
         if with_cache:
             group.scheduler.queue = self.ranks[0].tree
             for replica, rank in zip(group.replicas, self.ranks[1:], strict=True):
-                replica.cache = rank.tree
+                replica.pools[0].cache = rank.tree
         self.lazy = False
         """Whether its workers take their time to unmap."""
         self._busy = False
@@ -471,7 +473,8 @@ class Engine:
         if counters["reclaim_steps"] == asks:
             # Nobody asked, so what the pass needs stays; if others wait, what is running needs.
             contended = self.group.scheduler.contended
-            for needed in (load.running_blocks, 0 if contended else load.needed_blocks):
+            (need,) = load.needs
+            for needed in (need.running_blocks, 0 if contended else need.needed_blocks):
                 assert clean < needed or allocator.num_clean >= needed
 
     def is_idle(self) -> bool:

@@ -251,7 +251,12 @@ def test_running_requests_take_a_block_when_theirs_are_full() -> None:
     batch = Batch([running(16, 1), running(16, 2), running(31, 2), running(40, 1)])
     load = load_of(Engine(batch), [], 16)
     assert load is not None
-    assert load.running_blocks == load.needed_blocks == load.wanted_blocks == 2
+    assert (
+        load.needs[0].running_blocks
+        == load.needs[0].needed_blocks
+        == load.needs[0].wanted_blocks
+        == 2
+    )
     assert [(r.num_tokens, r.num_computed_tokens) for r in load.running] == [
         (17, 16),
         (18, 17),
@@ -265,12 +270,15 @@ def test_running_requests_take_a_block_when_theirs_are_full() -> None:
 def test_a_prefill_that_was_launched_is_running() -> None:
     first, second = running(16, 1), running(16, 1)
     assert (
-        load_of(Engine(Batch([first]), Batch([second], extends=True)), [], 16).running_blocks == 2
+        load_of(Engine(Batch([first]), Batch([second], extends=True)), [], 16)
+        .needs[0]
+        .running_blocks
+        == 2
     )
     # A decode step's requests are those of the running batch.
-    assert load_of(Engine(Batch([first]), Batch([first])), [], 16).running_blocks == 1
+    assert load_of(Engine(Batch([first]), Batch([first])), [], 16).needs[0].running_blocks == 1
     batch = Batch([first], extends=True)
-    assert load_of(Engine(batch, batch), [], 16).running_blocks == 1
+    assert load_of(Engine(batch, batch), [], 16).needs[0].running_blocks == 1
 
 
 def test_waiting_requests_take_as_much_as_one_prefill_may_have() -> None:
@@ -278,9 +286,9 @@ def test_waiting_requests_take_as_much_as_one_prefill_may_have() -> None:
     load = load_of(Engine(waiting_queue=waiting), [], 16)
     assert load is not None
     # 100, 17 and 139 of the third; each may leave a page unfilled.
-    assert load.needed_blocks == (7 + 1) + (2 + 1) + (9 + 1)
-    assert load.running_blocks == 0
-    assert load.first_blocks == 7 + 1
+    assert load.needs[0].needed_blocks == (7 + 1) + (2 + 1) + (9 + 1)
+    assert load.needs[0].running_blocks == 0
+    assert load.needs[0].first_blocks == 7 + 1
     assert [r.num_tokens for r in load.waiting] == [100, 17, 500, 500]
 
 
@@ -289,22 +297,22 @@ def test_what_just_came_in_waits_too() -> None:
     new = Arrival(1, range(50), Sampling(10), 5)
     load = load_of(Engine(waiting_queue=queue), [NS(rid="abort"), new], 16)
     assert load is not None
-    assert load.needed_blocks == (7 + 1) + (4 + 1)
+    assert load.needs[0].needed_blocks == (7 + 1) + (4 + 1)
     assert [r.num_tokens for r in load.waiting] == [100, 50]
     assert [r.num_computed_tokens for r in load.waiting] == [0, 0]
 
 
 def test_without_chunks_the_first_is_admitted_whatever_its_length() -> None:
     engine = Engine(waiting_queue=[prompt(5000), prompt(16)], chunked_prefill_size=None)
-    assert load_of(engine, [], 16).needed_blocks == -(-5000 // 16) + 1
+    assert load_of(engine, [], 16).needs[0].needed_blocks == -(-5000 // 16) + 1
     engine.waiting_queue = [prompt(800), prompt(500), prompt(16)]
-    assert load_of(engine, [], 16).needed_blocks == (50 + 1) + (13 + 1)
+    assert load_of(engine, [], 16).needs[0].needed_blocks == (50 + 1) + (13 + 1)
 
 
 def test_a_chunk_larger_than_a_prefill_must_fit_too() -> None:
     # SGLang cuts by the chunk size alone, and lets no request in whose chunk does not fit.
     engine = Engine(waiting_queue=[prompt(900)], max_prefill_tokens=64)
-    assert load_of(engine, [], 16).needed_blocks == 16 + 1
+    assert load_of(engine, [], 16).needs[0].needed_blocks == 16 + 1
 
 
 def test_a_chunk_in_progress_goes_first_and_keeps_what_it_lacks() -> None:
@@ -313,27 +321,29 @@ def test_a_chunk_in_progress_goes_first_and_keeps_what_it_lacks() -> None:
     engine = Engine(Batch([decoding]), Batch([chunked], extends=True), [prompt(40)], chunked)
     load = load_of(engine, [], 16)
     assert load is not None
-    assert load.running_blocks == 1 + 16 + 1
-    assert load.needed_blocks == 1 + 16 + 1  # nothing is left of the chunk size for the next
+    assert load.needs[0].running_blocks == 1 + 16 + 1
+    assert (
+        load.needs[0].needed_blocks == 1 + 16 + 1
+    )  # nothing is left of the chunk size for the next
     # Not counted twice, and the last to be preempted; its prompt and the page it may not fill.
     assert [(r.num_tokens, r.num_computed_tokens) for r in load.running] == [(1016, 256), (17, 16)]
     chunked.kv_committed_len = 980
     load = load_of(engine, [], 16)
-    assert load.running_blocks == 1 + 2 + 1
-    assert load.needed_blocks == 1 + (2 + 1) + (3 + 1)
+    assert load.needs[0].running_blocks == 1 + 2 + 1
+    assert load.needs[0].needed_blocks == 1 + (2 + 1) + (3 + 1)
 
 
 def test_the_first_is_let_in_when_all_it_may_make_could_be_had() -> None:
     engine = Engine(waiting_queue=[prompt(100, most=60), prompt(1, most=5000)])
-    assert load_of(engine, [], 16).wanted_blocks == -(-(100 + 60 + 32) // 16)
+    assert load_of(engine, [], 16).needs[0].wanted_blocks == -(-(100 + 60 + 32) // 16)
     # With a share of what those that run may still make.
     engine.running_batch = Batch([running(32, 20, most=60), running(32, 70, most=60)])
-    assert load_of(engine, [], 16).wanted_blocks == -(-(100 + 60 + 32 + 20) // 16)
+    assert load_of(engine, [], 16).needs[0].wanted_blocks == -(-(100 + 60 + 32 + 20) // 16)
     # No more than SGLang counts; None is no bound of its own, and is not known yet.
     engine = Engine(waiting_queue=[prompt(100, most=100_000)])
-    assert load_of(engine, [], 16).wanted_blocks == -(-(100 + 4096 + 32) // 16)
+    assert load_of(engine, [], 16).needs[0].wanted_blocks == -(-(100 + 4096 + 32) // 16)
     engine = Engine(waiting_queue=[prompt(100, most=None)])
-    assert load_of(engine, [], 16).wanted_blocks == -(-(100 + 32) // 16)
+    assert load_of(engine, [], 16).needs[0].wanted_blocks == -(-(100 + 32) // 16)
 
 
 def test_who_ignores_the_end_makes_all_it_may() -> None:
@@ -342,14 +352,16 @@ def test_who_ignores_the_end_makes_all_it_may() -> None:
         request.sampling_params.ignore_eos = True
     load = load_of(Engine(Batch([other]), waiting_queue=[first]), [], 16)
     assert load is not None
-    assert load.wanted_blocks == -(-(100 + 6000 + 32 + 80) // 16)  # neither cut nor in part
+    assert load.needs[0].wanted_blocks == -(
+        -(100 + 6000 + 32 + 80) // 16
+    )  # neither cut nor in part
 
 
 def test_what_was_preempted_begins_with_what_it_made() -> None:
     retracted = Req(range(30), [0] * 10)
     load = load_of(Engine(waiting_queue=[retracted]), [], 16)
-    assert load.needed_blocks == 3 + 1
-    assert load.wanted_blocks == -(-(40 + 90 + 32) // 16)
+    assert load.needs[0].needed_blocks == 3 + 1
+    assert load.needs[0].wanted_blocks == -(-(40 + 90 + 32) // 16)
 
 
 # -- ranks ------------------------------------------------------------------------------------
@@ -462,15 +474,17 @@ class Ranks:
             assert other.num_uncommitted == first.num_uncommitted
             assert other.free_order() == first.free_order()
             assert other.live_array().tolist() == first.live_array().tolist()
-        told = {(r.order.reachable_blocks, r.order.withheld_blocks) for r in self.ranks}
+        told = {
+            (r.order.room().reachable_blocks, r.order.room().withheld_blocks) for r in self.ranks
+        }
         assert len(told) == 1
 
     def settle(self) -> None:
         """The workers have done what they were told to."""
         for rank in self.ranks:
-            rank._arena._mapper.drain()
+            rank._pools[0].arena._mapper.drain()
             backed = {0, *rank.allocator.free_order(), *rank.allocator.live_array().tolist()}
-            arena = rank._arena._arena
+            arena = rank._pools[0].arena._arena
             assert {b for b in range(len(self.arenas[0])) if arena.is_committed(b)} == backed
 
     def ledger(self) -> Ledger:
@@ -506,7 +520,7 @@ def test_every_rank_has_an_arena_and_the_first_the_ledger(ranks: Ranks) -> None:
     size = len(ranks.ranks)
     assert [arena.shape for arena in ranks.arenas] == [(400, PAGE // 4)] * size
     assert [rank.scheduler is None for rank in ranks.ranks] == [False, True][:size]
-    assert [rank.blocks_per_page for rank in ranks.ranks] == [4] * size
+    assert [rank.blocks_per_page() for rank in ranks.ranks] == [4] * size
     (member,) = ranks.ledger().members()
     assert member.name == "engine"
     assert member.leased == member.committed == size * PAGE  # the null block's page

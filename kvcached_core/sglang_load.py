@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What SGLang's scheduler is about to run, in blocks of every pool."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .lockstep import Load, Need
+
+_CLIP_NEW_TOKENS = int(os.environ.get("SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION", "4096"))
+"""As SGLang's own admission counts."""
+
+
+@dataclass(slots=True)
+class _Tokens:
+    """A request of SGLang's, in the words of demand.py."""
+
+    num_tokens: int
+    num_computed_tokens: int
+
+
+class _Requests(Sequence[_Tokens]):
+    """SGLang's requests, looked at only if somebody asks: mostly nobody does."""
+
+    def __init__(self, requests: Sequence[Any]) -> None:
+        self._requests = requests
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __getitem__(self, index: Any) -> Any:
+        request = self._requests[index]
+        if isinstance(index, slice):
+            return _Requests(request)
+        if isinstance(request, _Tokens):
+            return request
+        return _Tokens(_length(request), getattr(request, "kv_committed_len", 0))
+
+    def __iter__(self) -> Iterator[_Tokens]:
+        return (self[index] for index in range(len(self._requests)))
+
+
+def _length(request: Any) -> int:
+    ids = getattr(request, "origin_input_ids", None)
+    if ids is None:  # came in just now
+        return len(getattr(request, "input_ids", None) or ())
+    return len(ids) + len(request.output_ids)
+
+
+def load_of(
+    scheduler: Any,
+    received: Sequence[Any],
+    block_tokens: int,
+    windows: Sequence[int | None] = (None,),
+) -> Load | None:
+    """What the engine's scheduler is about to run; None if it is idle.
+
+    Args:
+        scheduler: SGLang's.
+        received: what came in for this pass and is not in its queue yet.
+        block_tokens: tokens of one block.
+        windows: of every pool, the last tokens of a request it keeps; None: all.
+    """
+    chunked = scheduler.chunked_req
+    running = list(scheduler.running_batch.reqs)
+    last = scheduler.last_batch
+    if last is not None and last is not scheduler.running_batch and last.forward_mode.is_extend():
+        running += [request for request in last.reqs if request is not chunked]
+    queued = scheduler.waiting_queue
+    new = [request for request in received if getattr(request, "input_ids", None)]
+    if not running and not queued and not new and chunked is None and last is None:
+        return None
+    decode = sum(request.kv_committed_len % block_tokens == 0 for request in running)
+    # As many tokens as one prefill may have, and the page each of its requests may leave unfilled.
+    # Where there are chunks, only their size cuts one: it must fit, or its request is not let in.
+    room = scheduler.chunked_prefill_size or scheduler.max_prefill_tokens
+    holders = running
+    prefill = chunk = 0
+    if chunked is not None:
+        left = min(room, max(0, _length(chunked) - chunked.kv_committed_len))
+        prefill = chunk = -(-left // block_tokens) + 1
+        room -= left
+        # Nobody can have what it holds, so what it lacks stays for it. The last to be preempted.
+        rest = _Tokens(_length(chunked) + block_tokens, chunked.kv_committed_len)
+        holders = [rest, *running]
+    waiting = [*queued, *new]
+    for request in waiting:
+        if room <= 0:
+            break
+        tokens = min(_length(request), room)
+        if scheduler.chunked_prefill_size is None and not prefill:
+            tokens = _length(request)  # the first is admitted whatever its length
+        prefill += -(-tokens // block_tokens) + 1
+        room -= tokens
+    now = Need(decode + chunk, decode + prefill, decode + prefill)
+    if waiting:
+        # The engine admits the first once all it may generate could be had, and what those that
+        # run may still generate, in part.
+        ratio = scheduler.new_token_ratio_tracker.current
+        to_come = _to_come(waiting[0]) + sum(_to_come(request, ratio) for request in running)
+    needs = []
+    for window in windows:
+        need = now
+        if waiting:
+            tokens = prompt = _length(waiting[0])
+            if window is None:
+                tokens += int(to_come)
+            else:
+                # A chunk or the window, whichever is more, and the window behind the next chunk.
+                most = max(scheduler.chunked_prefill_size or prompt, window)
+                tokens, prompt = max(min(prompt, most), window), min(prompt, most + window)
+            wanted = max(now.wanted_blocks, math.ceil((tokens + 2 * block_tokens) / block_tokens))
+            first = decode + chunk + -(-prompt // block_tokens) + 1
+            need = Need(now.running_blocks, now.needed_blocks, wanted, first)
+        needs.append(need)
+    return Load(_Requests(holders), _Requests(waiting), tuple(needs))
+
+
+def most_blocks(window: int | None, chunk: int | None, block_tokens: int) -> int | None:
+    """Blocks of a pool that one request ever holds; None for no bound.
+
+    Args:
+        window: the last tokens of a request the pool keeps; None: all.
+        chunk: tokens of a prefill at most; None for no bound.
+        block_tokens: tokens of one block.
+    """
+    if window is None or chunk is None:
+        return None
+    # One chunk is computed while the next is scheduled, and the window lies before both.
+    return -(-(window + 2 * chunk) // block_tokens) + 2
+
+
+def _to_come(request: Any, ratio: float = 1.0) -> float:
+    """Tokens a request may still generate; in part, if it may stop before."""
+    sampling = request.sampling_params
+    most = (sampling.max_new_tokens or 0) - len(getattr(request, "output_ids", ()))
+    if sampling.ignore_eos:
+        return max(0, most)
+    return max(0, min(most, _CLIP_NEW_TOKENS)) * ratio
