@@ -24,7 +24,7 @@ from .lockstep import Copy, Leader, Load, Need, PassOrder, Replica, Room
 from .mps import require_launched_with
 from .plan import ArenaShape, RankDevice, StepOps, WorkerBinding
 from .scheduler import CachedBlocks, ElasticScheduler, geometry_of
-from .sglang_load import load_of, most_blocks
+from .sglang_load import load_of, most_tokens, pool_tokens
 from .static_memory import StaticMemory, follow_static
 from .tree_eviction import nodes_to_evict
 from .waker import Waker
@@ -35,7 +35,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sglang.kvcached")
 
-__all__ = ["PassOrder", "SglangRank", "check_supported", "load_of", "nodes_to_evict"]
+__all__ = [
+    "PassOrder",
+    "SglangRank",
+    "check_supported",
+    "load_of",
+    "nodes_to_evict",
+    "pool_tokens",
+]
 
 DEFAULT_PAGE_SIZE = 16
 """Tokens. At SGLang's own default, 1, a decode step takes neighbouring slots for all its requests,
@@ -153,11 +160,11 @@ def check_backends(names: Sequence[str | None]) -> None:
         )
 
 
-def check_model(*, sliding_window: bool, recurrent: bool, sparse: bool, fp8_mla: bool) -> None:
-    """Refuse models whose KV cache is not one pool of equal tokens.
+def check_model(*, only_windows: bool, recurrent: bool, sparse: bool, fp8_mla: bool) -> None:
+    """Refuse models whose KV cache is not made of tokens, all of them or a window.
 
     Args:
-        sliding_window: some layers keep a window in a pool of their own.
+        only_windows: every layer keeps a window, and none all tokens.
         recurrent: some layers keep states (Mamba, linear attention).
         sparse: an index beside the KV cache, or compressed caches.
         fp8_mla: latent attention whose kernels convert the whole cache before they read it.
@@ -166,7 +173,7 @@ def check_model(*, sliding_window: bool, recurrent: bool, sparse: bool, fp8_mla:
         ConfigError: names what stands in the way.
     """
     obstacles = {
-        "sliding windows in a pool of their own; pass --disable-hybrid-swa-memory": sliding_window,
+        "windows in every layer allow no pages; pass --disable-hybrid-swa-memory": only_windows,
         "recurrent layers, whose states are not elastic yet; use another model": recurrent,
         "sparse attention, whose index is not elastic yet; use another model": sparse,
         "an fp8 cache of latent attention is read whole; use --kv-cache-dtype auto": fp8_mla,
@@ -290,8 +297,8 @@ class SglangRank:
         found: list[tuple[RankDevice, ArenaShape]] = self._ranks.gather((device, shape))
         bindings: list[WorkerBinding] | str = ""
         if self._ranks.rank == 0:
-            most = most_blocks(window, self._chunk, block_tokens)
-            bindings = self._join(found, block_tokens, most)
+            most = most_tokens(window, self._chunk, block_tokens)
+            bindings = self._join(found, block_tokens, most and most // block_tokens)
         bindings = self._ranks.broadcast(bindings)
         if isinstance(bindings, str):
             raise ConfigError(bindings)

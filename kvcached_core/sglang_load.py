@@ -120,8 +120,8 @@ def load_of(
     return Load(_Requests(holders), _Requests(waiting), tuple(needs))
 
 
-def most_blocks(window: int | None, chunk: int | None, block_tokens: int) -> int | None:
-    """Blocks of a pool that one request ever holds; None for no bound.
+def most_tokens(window: int | None, chunk: int | None, block_tokens: int) -> int | None:
+    """Tokens of a pool that one request ever holds; None for no bound.
 
     Args:
         window: the last tokens of a request the pool keeps; None: all.
@@ -131,7 +131,37 @@ def most_blocks(window: int | None, chunk: int | None, block_tokens: int) -> int
     if window is None or chunk is None:
         return None
     # One chunk is computed while the next is scheduled, and the window lies before both.
-    return -(-(window + 2 * chunk) // block_tokens) + 2
+    blocks = -(-(window + 2 * chunk) // block_tokens) + 2
+    return blocks * block_tokens
+
+
+def pool_tokens(
+    num_bytes: int,
+    block_tokens: int,
+    full_bytes: int,
+    window_bytes: int,
+    window: int,
+    chunk: int | None,
+) -> tuple[int, int]:
+    """Virtual tokens of a pool of all tokens and of one of windows that share so much memory.
+
+    Either may have all that the other leaves, but a request that fills the first must find room
+    for its window.
+
+    Args:
+        num_bytes: for both.
+        block_tokens: tokens of one block, which the results are multiples of.
+        full_bytes: of a token in the first pool.
+        window_bytes: of a token in the second.
+        window: the last tokens of a request that the second keeps.
+        chunk: tokens of a prefill at most; None or less than 1 for no bound.
+    """
+    beside = most_tokens(window, chunk if chunk and chunk > 0 else None, block_tokens)
+    tokens = num_bytes // (full_bytes + window_bytes)
+    if beside is not None:
+        tokens = max(tokens, (num_bytes - beside * window_bytes) // full_bytes)
+    windows = min(tokens, num_bytes // window_bytes)
+    return tokens // block_tokens * block_tokens, windows // block_tokens * block_tokens
 
 
 def _to_come(request: Any, ratio: float = 1.0) -> float:

@@ -15,7 +15,7 @@ from tests.support.engines import EngineHost, Flavor, Job, Result, engine_folder
 from tests.support.prompts import TWIN_LENGTH, mixed_batches, twins
 from tests.support.server import Server
 from tests.support.sglang_server import sglang_folder
-from tests.support.tiny_model import GEMMA3, LLAMA, make_tiny_model
+from tests.support.tiny_model import COHERE2, GEMMA3, LLAMA, make_tiny_model
 
 MIB = 1 << 20
 PAIRS = 8
@@ -52,13 +52,16 @@ class Models:
 
     llama: Path
     gemma: Path
+    cohere: Path
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     folder = tmp_path_factory.mktemp("models")
     return Models(
-        make_tiny_model(folder / "llama", LLAMA), make_tiny_model(folder / "gemma3", GEMMA3)
+        make_tiny_model(folder / "llama", LLAMA),
+        make_tiny_model(folder / "gemma3", GEMMA3),
+        make_tiny_model(folder / "cohere2", COHERE2),
     )
 
 

@@ -341,12 +341,23 @@ class LittleSglang:
         if self._chunk_left is not None:
             self._chunk_left -= tokens
 
+    def _beside_left(self) -> int:
+        """Tokens of a chunk there is room for in other pools, in whole blocks."""
+        return 1 << 30
+
+    def _fits_beside(self, tokens: int) -> bool:
+        """Whether other pools have room for a request that lacks so many tokens."""
+        return True
+
     def _add_chunked(self, request: Request) -> None:
         assert self._chunk_left is not None
         left = min(self._chunk_left, int(self._total_left()), self._now_left() - self.block_tokens)
         left = left // self.block_tokens * self.block_tokens
         if left <= 0:
             return  # it stays where it is until there is memory
+        left = min(left, self._beside_left())
+        if left <= 0:
+            return
         missing = len(request) - request.kv_committed_len
         if missing <= left:
             self.chunked_req = None
@@ -365,14 +376,16 @@ class LittleSglang:
         nodes = self.tree.match(request.topic, most, self._passes)
         prefix = sum(len(node.blocks) for node in nodes) * self.block_tokens
         total = len(request) - prefix + request.to_come + self.block_tokens
-        if total >= self._total_left():
+        if total >= self._total_left() or not self._fits_beside(len(request) - prefix):
             return False
         tokens = self._paged(len(request) - prefix)
         if self._chunk_left is None and self._batch and tokens >= self._input_left:
             return False
         self._lock(nodes)
         chunk = tokens if self._chunk_left is None else min(tokens, self._chunk_left)
-        if total >= self._total_left() or chunk + self.block_tokens > self._now_left():
+        fits = chunk + self.block_tokens <= self._now_left()
+        fits = fits and self._fits_beside(len(request) - prefix)
+        if total >= self._total_left() or not fits:
             self._unlock(nodes)
             return False
         if self._chunk_left is not None and tokens > self._chunk_left:

@@ -147,11 +147,16 @@ Serve = Callable[..., AbstractContextManager[SglangServer]]
 
 @pytest.fixture
 def serve(models: Models, sglang_patched: SglangHost, tmp_path: Path) -> Serve:
-    """Starts a patched server for a `with`; its name, arguments and environment are given."""
+    """Starts a patched server for a `with`; its name, arguments, environment and, if it is not the
+    tiny Llama, model are given.
+    """
 
     @contextmanager
-    def started(name: str, args: Sequence[str], env: Mapping[str, str]) -> Iterator[SglangServer]:
-        server = SglangServer(name, models.llama, tmp_path, args, env, host=sglang_patched)
+    def started(
+        name: str, args: Sequence[str], env: Mapping[str, str], model: Path | None = None
+    ) -> Iterator[SglangServer]:
+        model = model or models.llama
+        server = SglangServer(name, model, tmp_path, args, env, host=sglang_patched)
         try:
             server.start().wait_ready()
             yield server

@@ -32,8 +32,9 @@ class TinySpec:
     """Shape of a tiny model. In float32 one token takes `kv_bytes_per_token` of KV cache."""
 
     arch: str = "llama"
-    """Or "gemma3": five sliding-window layers, then one full layer; or "mla": latent attention as
-    in DeepSeek V2, no experts, no weights."""
+    """Or "gemma3": five sliding-window layers, then one full layer; or "cohere2": three, then one,
+    which SGLang keeps in a pool of its own; or "mla": latent attention as in DeepSeek V2, no
+    experts, no weights."""
     layers: int = 4
     heads: int = 8
     kv_heads: int = 2
@@ -53,6 +54,8 @@ class TinySpec:
 
 LLAMA = TinySpec()
 GEMMA3 = TinySpec(arch="gemma3", layers=6, kv_heads=1, heads=4)
+COHERE2 = TinySpec(arch="cohere2", sliding_window=64)
+SPECS = {spec.arch: spec for spec in (LLAMA, GEMMA3, COHERE2)}
 
 
 def _config(spec: TinySpec) -> dict[str, Any]:
@@ -129,7 +132,24 @@ def _config(spec: TinySpec) -> dict[str, Any]:
             "tie_word_embeddings": False,
             "v_head_dim": spec.head_dim,
         }
-    raise ValueError(f"unknown arch {spec.arch!r}: use llama, gemma3 or mla")
+    if spec.arch == "cohere2":
+        slides = [(i + 1) % 4 != 0 for i in range(spec.layers)]
+        return common | {
+            "architectures": ["Cohere2ForCausalLM"],
+            "model_type": "cohere2",
+            "hidden_act": "silu",
+            "layer_norm_eps": 1e-5,
+            "layer_types": ["sliding_attention" if s else "full_attention" for s in slides],
+            "logit_scale": 4.0,
+            "rope_theta": 50000.0,
+            "sliding_window": spec.sliding_window,
+            "tie_word_embeddings": True,
+            "use_qk_norm": False,
+            # How SGLang is told to have two pools, whatever the model.
+            "is_hybrid_swa": True,
+            "hybrid_layer_pattern": [int(s) for s in slides],
+        }
+    raise ValueError(f"unknown arch {spec.arch!r}: use llama, gemma3 or cohere2")
 
 
 def _weights(spec: TinySpec) -> dict[str, Any]:
@@ -161,7 +181,8 @@ def _weights(spec: TinySpec) -> dict[str, Any]:
         normal(mlp + "up_proj.weight", spec.intermediate, spec.hidden, 0.06)
         normal(mlp + "down_proj.weight", spec.hidden, spec.intermediate, 0.06)
         norm(prefix + "input_layernorm.weight", spec.hidden)
-        norm(prefix + "post_attention_layernorm.weight", spec.hidden)
+        if spec.arch != "cohere2":
+            norm(prefix + "post_attention_layernorm.weight", spec.hidden)
         if spec.arch == "gemma3":
             norm(prefix + "pre_feedforward_layernorm.weight", spec.hidden)
             norm(prefix + "post_feedforward_layernorm.weight", spec.hidden)
@@ -230,13 +251,13 @@ def make_tiny_model(path: Path | str, spec: TinySpec = LLAMA, *, weights: bool =
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write a tiny random model directory.")
     parser.add_argument("path", type=Path)
-    parser.add_argument("--arch", choices=("llama", "gemma3"), default="llama")
+    parser.add_argument("--arch", choices=tuple(SPECS), default="llama")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--vocab", type=int)
     parser.add_argument("--max-len", type=int)
     parser.add_argument("--seed", type=int)
     args = parser.parse_args()
-    base = GEMMA3 if args.arch == "gemma3" else LLAMA
+    base = SPECS[args.arch]
     changes = {
         key: value
         for key, value in vars(args).items()

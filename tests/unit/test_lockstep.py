@@ -23,11 +23,11 @@ from kvcached_core.accounts import Account
 from kvcached_core.lockstep import Leader, Load, Need, PassOrder, Replica
 from kvcached_core.plan import BlockRanges, StepOps
 from kvcached_core.scheduler import geometry_of
-from kvcached_core.sglang import load_of
+from kvcached_core.sglang_load import load_of, most_tokens
 from tests.support.little_sglang import Abort, Arrival, LittleSglang, Sampling
+from tests.support.little_windows import LittleWindows
 
 PAGE = 1 << 16
-NOTHING = Load((), (), (Need(0, 0, 0),))
 
 
 def another(ledger: Ledger) -> Ledger:
@@ -51,7 +51,10 @@ def state(allocator: BlockAllocator) -> tuple[Any, ...]:
 
 
 class Group:
-    """The ranks of one engine on one ledger; arenas are sets of blocks."""
+    """The ranks of one engine on one ledger; arenas are sets of blocks.
+
+    With ``window_bytes`` it has a second pool, of blocks of that size.
+    """
 
     def __init__(
         self,
@@ -60,67 +63,91 @@ class Group:
         num_blocks: int,
         block_bytes: int = PAGE // 4,
         join: dict[str, Any] | None = None,
+        window_bytes: int | None = None,
         **policy: Any,
     ) -> None:
-        shape = ArenaShape(num_blocks, block_bytes, PAGE)
         self.ledger = ledger
         self.block_bytes = block_bytes
         self.member = ledger.join("engine", **(join or {}))
-        account = Account(ledger, self.member, (num_ranks * PAGE,), num_ranks * block_bytes)
+        sizes = [block_bytes] if window_bytes is None else [block_bytes, window_bytes]
+        shapes = [ArenaShape(num_blocks, size, PAGE) for size in sizes]
+        accounts = [
+            Account(ledger, self.member, (num_ranks * PAGE,), num_ranks * size) for size in sizes
+        ]
         self.scheduler = ElasticScheduler(
-            num_blocks, [shape], [account], block_tokens=16, **{"decay_s": 1000, **policy}
+            num_blocks, shapes[:1], accounts[:1], block_tokens=16, **{"decay_s": 1000, **policy}
         )
+        for shape, account in zip(shapes[1:], accounts[1:], strict=True):
+            self.scheduler.add_pool(num_blocks, [shape], [account], block_tokens=16)
         self.leader = Leader(self.scheduler, num_ranks)
         self.replicas = [
-            Replica(BlockAllocator(num_blocks, [geometry_of(shape)])) for _ in range(num_ranks - 1)
+            Replica(*(BlockAllocator(num_blocks, [geometry_of(shape)]) for shape in shapes))
+            for _ in range(num_ranks - 1)
         ]
-        self.arenas: list[set[int]] = [{0} for _ in range(num_ranks)]
+        self.arenas: list[list[set[int]]] = [[{0} for _ in sizes] for _ in range(num_ranks)]
+        """Of every rank and pool."""
         self.order = PassOrder()
 
     @property
+    def ranks(self) -> list[list[BlockAllocator]]:
+        """Of every rank the allocators of its pools."""
+        first = [pool.allocator for pool in self.scheduler.pools]
+        return [first, *([pool.allocator for pool in r.pools] for r in self.replicas)]
+
+    @property
     def allocators(self) -> list[BlockAllocator]:
-        others = [replica.pools[0].allocator for replica in self.replicas]
-        return [self.scheduler.allocator, *others]
+        return [pools[0] for pools in self.ranks]
 
     @property
     def allocator(self) -> BlockAllocator:
         return self.scheduler.allocator
 
-    def plan(self, load: Load = NOTHING, *, release: bool = True) -> StepOps:
+    @property
+    def nothing(self) -> Load:
+        return Load((), (), (Need(0, 0, 0),) * len(self.scheduler.pools))
+
+    def plan(self, load: Load | None = None, *, release: bool = True) -> StepOps:
         """A pass on every rank, and what their workers do."""
-        order, ops = self.leader.plan(load)
+        order, ops = self.leader.plan(load or self.nothing)
         self.order = pickle.loads(pickle.dumps(order))  # as it travels
         done = [ops, *(replica.repeat(self.order) for replica in self.replicas)]
-        for arena, theirs in zip(self.arenas, done, strict=True):
-            grown = ids(theirs.commit)
-            assert grown == ids(ops.commit)
-            assert ids(theirs.decommit) == ids(ops.decommit)
-            # The engine may take any clean block in this very pass.
-            assert not theirs.commit_ahead
-            assert not grown & arena
-            arena |= grown
-            assert ids(theirs.decommit) <= arena - {0}
-            arena -= ids(theirs.decommit)
+        for arenas, theirs in zip(self.arenas, done, strict=True):
+            pairs = zip((ops, *ops.others), (theirs, *theirs.others), strict=True)
+            for arena, (first, own) in zip(arenas, pairs, strict=True):
+                grown = ids(own.commit)
+                assert grown == ids(first.commit)
+                assert ids(own.decommit) == ids(first.decommit)
+                # The engine may take any clean block in this very pass.
+                assert not own.commit_ahead
+                assert not grown & arena
+                arena |= grown
+                assert ids(own.decommit) <= arena - {0}
+                arena -= ids(own.decommit)
         self.check()
         if release:
             self.release()
         return ops
 
+    def _backed(self) -> int:
+        pages = sum(pool.allocator.committed_pages(0) for pool in self.scheduler.pools)
+        return len(self.ranks) * PAGE * pages
+
     def release(self) -> None:
         """The workers have unmapped what they were told to."""
-        held = len(self.allocators) * PAGE * self.allocator.committed_pages(0)
+        held = self._backed()
         assert self.member.info().leased >= held
         self.member.release(self.member.info().leased - held)
 
     def check(self) -> None:
-        first, *others = self.allocators
-        assert all(state(other) == state(first) for other in others)
-        promised = set(first.free_order()) | set(first.live_array().tolist()) | {0}
-        for arena in self.arenas:
-            assert arena == promised
+        first, *others = self.ranks
+        for pools in others:
+            assert [state(pool) for pool in pools] == [state(pool) for pool in first]
+        for index, pool in enumerate(first):
+            promised = set(pool.free_order()) | set(pool.live_array().tolist()) | {0}
+            for arenas in self.arenas:
+                assert arenas[index] == promised
         assert self.ledger.total_leased() <= self.ledger.capacity
-        backed = len(self.allocators) * PAGE * first.committed_pages(0)
-        assert backed <= self.member.info().leased
+        assert self._backed() <= self.member.info().leased
 
     def take(self, num_blocks: int) -> list[int]:
         """Blocks that go live on every rank."""
@@ -438,26 +465,27 @@ class Engine:
 
     def __init__(self, group: Group, *, with_cache: bool = True, **settings: Any) -> None:
         self.group = group
-        self.ranks = [
-            LittleSglang(allocator, keeps_prefixes=with_cache, **settings)
-            for allocator in group.allocators
-        ]
-        if with_cache:
-            group.scheduler.queue = self.ranks[0].tree
-            for replica, rank in zip(group.replicas, self.ranks[1:], strict=True):
-                replica.pools[0].cache = rank.tree
+        windows = len(group.scheduler.pools) > 1
+        kind: Any = LittleWindows if windows else LittleSglang
+        self.ranks = [kind(*pools, keeps_prefixes=with_cache, **settings) for pools in group.ranks]
+        self.windows = (None, self.ranks[0].window_tokens) if windows else (None,)
+        pools = [group.scheduler.pools, *(replica.pools for replica in group.replicas)]
+        for theirs, rank in zip(pools, self.ranks, strict=True) if with_cache else ():
+            theirs[0].cache = rank.tree
+            if windows:
+                theirs[1].cache = rank.tree.windows
         self.lazy = False
         """Whether its workers take their time to unmap."""
         self._busy = False
 
     def turn(self, received: Sequence[Any] = ()) -> None:
         """One turn of the event loop on every rank, with a pass if there is a reason."""
-        load = load_of(self.ranks[0], received, 16)
+        load = load_of(self.ranks[0], received, 16, self.windows)
         busy, self._busy = self._busy, load is not None
         if self.group.scheduler.attend() or load is not None or busy:
             for rank in self.ranks:
                 rank.land()
-            self._plan(load or NOTHING)
+            self._plan(load or self.group.nothing)
         for rank in self.ranks:
             rank.order = self.group.order
             rank.step(received)
@@ -467,15 +495,17 @@ class Engine:
         assert all(other == told[0] for other in told)
 
     def _plan(self, load: Load) -> None:
-        allocator, counters = self.group.allocator, self.group.scheduler.counters
-        clean, asks = allocator.num_clean, counters["reclaim_steps"]
+        counters = self.group.scheduler.counters
+        allocators = [pool.allocator for pool in self.group.scheduler.pools]
+        before, asks = [a.num_clean for a in allocators], counters["reclaim_steps"]
         self.group.plan(load, release=not self.lazy)
         if counters["reclaim_steps"] == asks:
             # Nobody asked, so what the pass needs stays; if others wait, what is running needs.
             contended = self.group.scheduler.contended
-            (need,) = load.needs
-            for needed in (need.running_blocks, 0 if contended else need.needed_blocks):
-                assert clean < needed or allocator.num_clean >= needed
+            for allocator, clean, need in zip(allocators, before, load.needs, strict=True):
+                for needed in (need.running_blocks, 0 if contended else need.needed_blocks):
+                    # Of several pools one may give to the other.
+                    assert len(allocators) > 1 or clean < needed or allocator.num_clean >= needed
 
     def is_idle(self) -> bool:
         return self.ranks[0].is_idle()
@@ -488,6 +518,12 @@ class Engine:
         requests += [rank.chunked_req] if rank.chunked_req is not None else []
         tokens = max((len(request) + request.to_come for request in requests), default=0)
         return -(-tokens // 16) + 3
+
+    def most_windows(self) -> int:
+        """The same of the second pool."""
+        rank = self.ranks[0]
+        window = most_tokens(self.windows[-1], rank.chunked_prefill_size, 16)
+        return self.most_blocks() if window is None else min(self.most_blocks(), window // 16 + 3)
 
 
 REQUESTS = st.tuples(  # prompt, most tokens to make, tokens it makes, topic
@@ -510,6 +546,7 @@ class LockstepMachine(RuleBasedStateMachine):
         decay=st.sampled_from([0.0, 1000.0]),
         priority=st.integers(0, 1),
         with_cache=st.booleans(),
+        window_bytes=st.sampled_from([None, PAGE // 8, PAGE // 2 + 16, PAGE]),
     )
     def start(
         self,
@@ -522,9 +559,11 @@ class LockstepMachine(RuleBasedStateMachine):
         decay: float,
         priority: int,
         with_cache: bool,
+        window_bytes: int | None,
     ) -> None:
         self.folder = tempfile.mkdtemp()
-        pages = -(-120 * block_bytes // PAGE)  # for 120 blocks on every rank
+        # For 120 blocks on every rank.
+        pages = -(-120 * block_bytes // PAGE) - (-120 * (window_bytes or 0) // PAGE)
         self.ledger = Ledger(f"{self.folder}/host-0.ledger", pages * self.ranks * PAGE)
         self.operator = another(self.ledger)
         self.neighbour = another(self.ledger).join("neighbour", priority=priority)
@@ -533,6 +572,7 @@ class LockstepMachine(RuleBasedStateMachine):
             self.ranks,
             num_blocks,
             block_bytes,
+            window_bytes=window_bytes,
             parked_bytes=parked * PAGE,
             ahead_bytes=ahead * PAGE,
             decay_s=decay,
@@ -557,7 +597,11 @@ class LockstepMachine(RuleBasedStateMachine):
         self.engine.lazy = False
         self.group.release()
         self.neighbour.set_demand(0)
-        pages = 2 + -(-self.engine.most_blocks() * self.group.block_bytes // PAGE)
+        most = [self.engine.most_blocks(), self.engine.most_windows()]
+        pages = sum(
+            2 + -(-blocks * pool.block_bytes // PAGE)
+            for blocks, pool in zip(most, self.group.scheduler.pools, strict=False)
+        )
         held = self.neighbour.info().leased
         room = self.ledger.capacity - held
         self.neighbour.release(min(held, max(0, pages * self.ranks * PAGE - room)))

@@ -148,13 +148,13 @@ def test_attention_backends_must_read_by_the_stride() -> None:
         check_backends(["trtllm_mha", "triton", "cutlass_mla", None])
 
 
-PLAIN_MODEL = {"sliding_window": False, "recurrent": False, "sparse": False, "fp8_mla": False}
+PLAIN_MODEL = {"only_windows": False, "recurrent": False, "sparse": False, "fp8_mla": False}
 
 
 @pytest.mark.parametrize(
     ("trait", "words"),
     [
-        ("sliding_window", "pass --disable-hybrid-swa-memory"),
+        ("only_windows", "pass --disable-hybrid-swa-memory"),
         ("recurrent", "recurrent layers"),
         ("sparse", "sparse attention"),
         ("fp8_mla", "use --kv-cache-dtype auto"),
