@@ -65,13 +65,17 @@ def describe(backend: Backend, kind: str, config: Config, static_bytes: int = 0)
     )
 
 
-def page_size(device: RankDevice, config: Config) -> int:
+def page_size(device: RankDevice, config: Config, *, least: bool = False) -> int:
     """The page size on ``device``.
+
+    Args:
+        least: the smallest there can be, if none is configured: for what has many pages a block.
 
     Raises:
         ConfigError: the configured size is not a multiple of the granularity.
     """
-    size = config.page_size or max(defaults(device.kind).page_size, device.granularity)
+    usual = device.granularity if least else defaults(device.kind).page_size
+    size = config.page_size or max(usual, device.granularity)
     if size % device.granularity:
         raise ConfigError(
             f"kvcached page_size {format_size(size)} is not a multiple of the "

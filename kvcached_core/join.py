@@ -35,15 +35,23 @@ class Joined:
         *,
         block_tokens: float,
         most_blocks: int | None,
+        fixed_blocks: int | None,
         logger: logging.Logger,
     ) -> list[WorkerBinding]:
-        """Have a further pool, as :meth:`ElasticScheduler.add_pool`; an arena of it every rank.
+        """Have a further pool, as :meth:`ElasticScheduler.add_pool`.
+
+        Args:
+            shapes: the arenas of every rank, one rank after the other, as many of each.
+
+        Returns:
+            What they are opened with.
 
         Raises:
             ConfigError: the memory is not there.
         """
         distinct = _distinct(shapes)
-        accounts = _priced(self.memberships, shapes, self.devices)
+        devices = [d for d in self.devices for _ in range(len(shapes) // len(self.devices))]
+        accounts = _priced(self.memberships, shapes, devices)
         _log_shapes(logger, self.config, distinct)
         try:
             self.scheduler.add_pool(
@@ -52,12 +60,13 @@ class Joined:
                 list(accounts.values()),
                 block_tokens=block_tokens,
                 most_blocks=most_blocks,
+                fixed_blocks=fixed_blocks,
             )
         except MemoryError as error:
             raise ConfigError(_explain(error, accounts)) from None
         return [
             _bind(accounts[d.key], s, retry_ms=self.config.retry_ms, zero_recycled=False)
-            for s, d in zip(shapes, self.devices, strict=True)
+            for s, d in zip(shapes, devices, strict=True)
         ]
 
 
@@ -70,23 +79,28 @@ def join(
     zero_recycled: Sequence[bool],
     logger: logging.Logger,
     most_blocks: int | None = None,
+    fixed_blocks: int | None = None,
 ) -> Joined:
     """Join the ledgers of all ranks as one member of each.
 
     Args:
         config: the engine's settings.
-        shapes: the arena of every rank; one of them at least is there.
+        shapes: the arena of every rank; one of them at least is there. Several arenas of a rank
+            that share their block ids follow each other.
         devices: where every rank is.
         block_tokens: tokens one block holds for every KV group.
         zero_recycled: for every rank, whether its pages are zeroed when they change hands.
         logger: the engine's.
         most_blocks: blocks one request ever holds at once; None for no bound.
+        fixed_blocks: blocks every request holds, whatever its length; None: by its tokens.
 
     Raises:
         ConfigError: the memory is not there, or the policy refuses.
     """
     used = [shape for shape in shapes if shape is not None]
     distinct = _distinct(used)
+    arenas = len(shapes) // len(devices)
+    where = [device for device in devices for _ in range(arenas)]
     directory = prepare_ledger_dir(config)
     memberships: dict[str, tuple[Ledger, Member]] = {}
     usages: dict[str, DeviceUsage | None] = {}
@@ -102,12 +116,12 @@ def join(
             ledger.set_device_used(usage.used_bytes())
         static = sum(d.static_bytes for d in devices if d.key == device.key)
         memberships[device.key] = ledger, _become_member(ledger, config, static)
-    accounts = _priced(memberships, shapes, devices)
+    accounts = _priced(memberships, shapes, where)
     bindings = [
         None
         if shape is None
         else _bind(accounts[device.key], shape, retry_ms=config.retry_ms, zero_recycled=zeroed)
-        for shape, device, zeroed in zip(shapes, devices, zero_recycled, strict=True)
+        for shape, device, zeroed in zip(shapes, where, zero_recycled, strict=True)
     ]
     _log(logger, config, list(accounts.values()), distinct)
     ahead = config.commit_ahead
@@ -124,6 +138,7 @@ def join(
             usages=list(usages.values()),
             block_tokens=block_tokens,
             most_blocks=most_blocks,
+            fixed_blocks=fixed_blocks,
             start_wait_s=config.start_wait_ms / 1000,
         )
     except MemoryError as error:

@@ -46,6 +46,7 @@ class Pool:
         accounts: the engine's memberships, priced for these blocks.
         block_tokens: tokens one block holds, for every KV group.
         most_blocks: blocks that one request ever holds at once; None for no bound.
+        fixed_blocks: blocks that every request holds, whatever its length; None: by its tokens.
         decay_s: how long pages stay unused before they are given back.
     """
 
@@ -57,6 +58,7 @@ class Pool:
         *,
         block_tokens: float,
         most_blocks: int | None = None,
+        fixed_blocks: int | None = None,
         decay_s: float,
     ) -> None:
         geometries = [geometry_of(shape) for shape in shapes]
@@ -64,6 +66,7 @@ class Pool:
         self.accounts = Accounts(accounts)
         self.block_tokens = block_tokens
         self.most_blocks = most_blocks
+        self.fixed_blocks = fixed_blocks
         self.cache: CachedBlocks | None = None
         self.decay = LowWater(decay_s)
         self.page_bytes = shapes[0].page_bytes * shapes[0].segments
@@ -110,11 +113,15 @@ class Pool:
 
     def blocks_of(self, tokens: int) -> int:
         """Blocks a request of so many tokens holds."""
+        if self.fixed_blocks is not None:
+            return self.fixed_blocks
         blocks = int(-(-tokens // self.block_tokens))
         return blocks if self.most_blocks is None else min(blocks, self.most_blocks)
 
     def next_blocks_of(self, tokens: int, more: int) -> int:
         """Blocks a request takes on its way from ``tokens`` tokens to ``more``."""
+        if self.fixed_blocks is not None:
+            return 0
         blocks = int(-(-more // self.block_tokens)) - int(-(-tokens // self.block_tokens))
         return blocks if self.most_blocks is None else min(blocks, self.most_blocks)
 

@@ -50,6 +50,7 @@ class ElasticScheduler:
         usages: driver totals for accounts that sit on a GPU, or None.
         block_tokens: tokens one block holds for every KV group, to size demand by.
         most_blocks: blocks one request ever holds at once; None for no bound.
+        fixed_blocks: blocks every request holds, whatever its length; None: by its tokens.
         start_wait_s: how long to wait for the first page while others give memory back.
 
     Raises:
@@ -68,6 +69,7 @@ class ElasticScheduler:
         usages: Sequence[DeviceUsage | None] = (),
         block_tokens: float = 16.0,
         most_blocks: int | None = None,
+        fixed_blocks: int | None = None,
         start_wait_s: float = 0.0,
     ) -> None:
         self.accounts = Accounts(accounts)
@@ -108,7 +110,12 @@ class ElasticScheduler:
         self._orders = Orders(self.accounts)
         self.refresh_usage(force=True)
         self.add_pool(
-            num_blocks, shapes, accounts, block_tokens=block_tokens, most_blocks=most_blocks
+            num_blocks,
+            shapes,
+            accounts,
+            block_tokens=block_tokens,
+            most_blocks=most_blocks,
+            fixed_blocks=fixed_blocks,
         )
 
     def add_pool(
@@ -119,6 +126,7 @@ class ElasticScheduler:
         *,
         block_tokens: float,
         most_blocks: int | None = None,
+        fixed_blocks: int | None = None,
     ) -> Pool:
         """Have further blocks, of another size, under the same membership.
 
@@ -128,6 +136,7 @@ class ElasticScheduler:
             accounts: the engine's memberships in the same order, priced for these blocks.
             block_tokens: tokens one block holds.
             most_blocks: blocks one request ever holds at once; None for no bound.
+            fixed_blocks: blocks every request holds, whatever its length; None: by its tokens.
 
         Raises:
             MemoryError: not even its null block can be leased.
@@ -138,6 +147,7 @@ class ElasticScheduler:
             accounts,
             block_tokens=block_tokens,
             most_blocks=most_blocks,
+            fixed_blocks=fixed_blocks,
             decay_s=self._decay_s,
         )
         if not pool.accounts.wait_for(pool.committed_pages(), self._start_wait_s):

@@ -24,7 +24,7 @@ from .lockstep import Copy, Leader, Load, Need, PassOrder, Replica, Room
 from .mps import require_launched_with
 from .plan import ArenaShape, RankDevice, StepOps, WorkerBinding
 from .scheduler import CachedBlocks, ElasticScheduler, geometry_of
-from .sglang_load import load_of, most_tokens, pool_tokens
+from .sglang_load import PoolKind, States, Tokens, load_of, pool_tokens
 from .static_memory import StaticMemory, follow_static
 from .tree_eviction import nodes_to_evict
 from .waker import Waker
@@ -196,12 +196,10 @@ def _is_set(name: str) -> bool:
 
 @dataclass(slots=True)
 class RankPool:
-    """One pool of a rank: its arena, and how its blocks are told."""
+    """One pool of a rank: its arenas, which share their block ids, and what its blocks are."""
 
-    arena: WorkerArena
-    block_tokens: int
-    window: int | None
-    """The last tokens of a request it keeps; None: all."""
+    arenas: list[WorkerArena]
+    kind: PoolKind
 
 
 class SglangRank:
@@ -232,6 +230,7 @@ class SglangRank:
         self._backend: Backend = open_backend(self.kind, ordinal, self.config)
         self._ranks = ranks
         self._pools: list[RankPool] = []
+        self._block_tokens = 1
         self._chunk: int | None = _chunk(server_args)
         self._static: StaticMemory | None = None
         self._joined: Joined | None = None
@@ -277,8 +276,8 @@ class SglangRank:
     def open(
         self, num_blocks: int, block_bytes: int, block_tokens: int, window: int | None = None
     ) -> Any:
-        """Make a pool: join the ledgers with the first, and reserve its arena; every rank calls
-        this at the same time. Pools are numbered as they are made.
+        """Make a pool of tokens: join the ledgers if it is the first, and reserve its arena; every
+        rank calls this at the same time. Pools are numbered as they are made.
 
         Args:
             num_blocks: virtual blocks, the padding block (0) among them.
@@ -292,43 +291,77 @@ class SglangRank:
         Raises:
             ConfigError: the memory is not there, or the policy refuses; on every rank.
         """
-        device = describe(self._backend, self.kind, self.config, self._static_bytes)
-        shape = ArenaShape(num_blocks, block_bytes, page_size(device, self.config))
-        found: list[tuple[RankDevice, ArenaShape]] = self._ranks.gather((device, shape))
+        self._block_tokens = block_tokens
+        page = page_size(self._describe(), self.config)
+        kind = Tokens(block_tokens, window, self._chunk)
+        (arena,) = self._open([ArenaShape(num_blocks, block_bytes, page)], kind)
+        return arena.raw_tensor()
+
+    def open_states(
+        self, num_slots: int, sizes: Sequence[tuple[int, int]], per_request: int
+    ) -> list[Any]:
+        """Make a pool of states that are kept for requests, not tokens; otherwise as :meth:`open`.
+
+        Args:
+            num_slots: virtual slots, the padding slot (0) among them.
+            sizes: bytes of one slot in a layer, and layers, of every tensor there is.
+            per_request: slots a request may hold at once.
+
+        Returns:
+            For every tensor a DLPack object: int8, shape ``[layers, num_slots * bytes]``.
+        """
+        # A slot has pages in every layer.
+        page = page_size(self._describe(), self.config, least=True)
+        shapes = [ArenaShape(num_slots, size, page, segments=layers) for size, layers in sizes]
+        return [arena.raw_segments() for arena in self._open(shapes, States(per_request))]
+
+    def _describe(self) -> RankDevice:
+        return describe(self._backend, self.kind, self.config, self._static_bytes)
+
+    def _open(self, shapes: list[ArenaShape], kind: PoolKind) -> list[WorkerArena]:
+        found: list[tuple[RankDevice, list[ArenaShape]]]
+        found = self._ranks.gather((self._describe(), shapes))
         bindings: list[WorkerBinding] | str = ""
         if self._ranks.rank == 0:
-            most = most_tokens(window, self._chunk, block_tokens)
-            bindings = self._join(found, block_tokens, most and most // block_tokens)
+            bindings = self._join(found, kind)
         bindings = self._ranks.broadcast(bindings)
         if isinstance(bindings, str):
             raise ConfigError(bindings)
-        arena = WorkerArena(self._backend, bindings[self._ranks.rank])
+        begin = self._ranks.rank * len(shapes)
+        own = bindings[begin : begin + len(shapes)]
+        arenas = [WorkerArena(self._backend, binding) for binding in own]
         if self.kind != "host" and self._static is None:
-            self._static = follow_static(arena, device)
+            self._static = follow_static(arenas[0], self._describe())
         if self._leader is None:
-            distinct = sorted({s for _, s in found}, key=lambda s: s.block_bytes, reverse=True)
-            copy = Copy(BlockAllocator(num_blocks, [geometry_of(s) for s in distinct]))
+            all_shapes = {shape for _, theirs in found for shape in theirs}
+            distinct = sorted(all_shapes, key=lambda s: s.block_bytes * s.segments, reverse=True)
+            copy = Copy(BlockAllocator(shapes[0].num_blocks, [geometry_of(s) for s in distinct]))
             self._replica = self._replica or Replica()
             self._replica.pools.append(copy)
-        self._pools.append(RankPool(arena, block_tokens, window))
-        return arena.raw_tensor()
+        self._pools.append(RankPool(arenas, kind))
+        return arenas
 
     def _join(
-        self, found: list[tuple[RankDevice, ArenaShape]], block_tokens: int, most: int | None
+        self, found: list[tuple[RankDevice, list[ArenaShape]]], kind: PoolKind
     ) -> list[WorkerBinding] | str:
-        devices, shapes = [device for device, _ in found], [shape for _, shape in found]
+        shapes = [shape for _, theirs in found for shape in theirs]
         try:
             if self._joined is not None:
                 return self._joined.add_pool(
-                    shapes, block_tokens=block_tokens, most_blocks=most, logger=logger
+                    shapes,
+                    block_tokens=kind.block_tokens,
+                    most_blocks=kind.most_blocks,
+                    fixed_blocks=kind.fixed_blocks,
+                    logger=logger,
                 )
             self._joined = join(
                 self.config,
                 shapes,
-                devices,
-                block_tokens=block_tokens,
-                most_blocks=most,
-                zero_recycled=[False] * len(found),
+                [device for device, _ in found],
+                block_tokens=kind.block_tokens,
+                most_blocks=kind.most_blocks,
+                fixed_blocks=kind.fixed_blocks,
+                zero_recycled=[False] * len(shapes),
                 logger=logger,
             )
         except (ConfigError, VmmError) as error:
@@ -391,8 +424,7 @@ class SglangRank:
         # In the same passes on every rank: what is freed at once is reused in another order than
         # what is freed one after the other.
         self.land()
-        windows = [pool.window for pool in self._pools]
-        load = load_of(self._engine, received, self._pools[0].block_tokens, windows)
+        load = load_of(self._engine, received, self._block_tokens, self._kinds())
         busy, self._busy = self._busy, load is not None
         # Once more when nothing is left to do: its last request may have been given up waiting.
         if not self._look() and load is None and not busy:
@@ -404,6 +436,17 @@ class SglangRank:
         if self._ranks.size > 1 and (self.order.acts or replace(before, acts=()) != self.order):
             return [*received, self.order]
         return received
+
+    def _kinds(self) -> list[PoolKind]:
+        """What the pools are, with what is held of them now."""
+        assert self._leader is not None
+        pools = zip(self._pools, self._leader.scheduler.pools, strict=True)
+        return [
+            replace(own.kind, held=pool.allocator.num_live - 1 - pool.num_cached)
+            if isinstance(own.kind, States)
+            else own.kind
+            for own, pool in pools
+        ]
 
     def receive(self, received: list[Any]) -> list[Any]:
         """On every rank: take the order out of what was received, and carry it out."""
@@ -418,9 +461,11 @@ class SglangRank:
 
     def _apply(self, ops: StepOps) -> None:
         for pool, theirs in zip(self._pools, (ops, *ops.others), strict=True):
-            pool.arena.apply(theirs)
+            for arena in pool.arenas:
+                arena.apply(theirs)
         if self._static is not None:
-            self._static.refresh(sum(pool.arena.committed_bytes for pool in self._pools))
+            arenas = [arena for pool in self._pools for arena in pool.arenas]
+            self._static.refresh(sum(arena.committed_bytes for arena in arenas))
 
     def _look(self) -> bool:
         """Whether an idle engine has something to do, looked at with news or now and then."""
@@ -465,7 +510,7 @@ class SglangRank:
     def count(self, name: str, num_tokens: int) -> None:
         """Count cached tokens as blocks: ``cache_hits`` or ``cache_evictions``."""
         if self._leader is not None:
-            self._leader.scheduler.counters[name] += num_tokens // self._pools[0].block_tokens
+            self._leader.scheduler.counters[name] += num_tokens // self._block_tokens
 
     def wake_fd(self) -> int | None:
         """A descriptor that is readable when a sleeping engine has something to do."""
@@ -480,7 +525,8 @@ class SglangRank:
         if self._leader is not None:
             self._leader.scheduler.close()
         for pool in self._pools:
-            pool.arena.close()
+            for arena in pool.arenas:
+                arena.close()
         self._pools = []
 
 

@@ -15,6 +15,51 @@ _CLIP_NEW_TOKENS = int(os.environ.get("SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION", "
 """As SGLang's own admission counts."""
 
 
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A pool of blocks of tokens."""
+
+    block_tokens: int
+    window: int | None = None
+    """The last tokens of a request it keeps; None: all."""
+    chunk: int | None = None
+    """Tokens of a prefill at most; None for no bound."""
+    fixed_blocks = None
+
+    @property
+    def most_blocks(self) -> int | None:
+        """Blocks one request ever holds; None for no bound."""
+        most = most_tokens(self.window, self.chunk, self.block_tokens)
+        return None if most is None else most // self.block_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """A pool of slots for states, of which a request has some whatever its length."""
+
+    per_request: int
+    """Slots a request may hold at once."""
+    held: int = 0
+    """Slots in use now that are not merely cached."""
+    block_tokens = 1
+    most_blocks = None
+
+    @property
+    def fixed_blocks(self) -> int:
+        return self.per_request
+
+    def need(self, running: int, new: int, waits: bool) -> Need:
+        """Slots for all that each request may take, before any of it is let in: the engine takes
+        some of them when it looks at a result, and must find them then.
+        """
+        now, soon = (max(0, self.per_request * n - self.held) for n in (running, running + new))
+        wanted = max(soon, self.per_request * (running + 1) - self.held) if waits else soon
+        return Need(now, soon, wanted, wanted)
+
+
+PoolKind = Tokens | States
+
+
 @dataclass(slots=True)
 class _Tokens:
     """A request of SGLang's, in the words of demand.py."""
@@ -55,7 +100,7 @@ def load_of(
     scheduler: Any,
     received: Sequence[Any],
     block_tokens: int,
-    windows: Sequence[int | None] = (None,),
+    pools: Sequence[PoolKind] = (),
 ) -> Load | None:
     """What the engine's scheduler is about to run; None if it is idle.
 
@@ -63,7 +108,7 @@ def load_of(
         scheduler: SGLang's.
         received: what came in for this pass and is not in its queue yet.
         block_tokens: tokens of one block.
-        windows: of every pool, the last tokens of a request it keeps; None: all.
+        pools: what each is; (): one of all tokens.
     """
     chunked = scheduler.chunked_req
     running = list(scheduler.running_batch.reqs)
@@ -79,7 +124,7 @@ def load_of(
     # Where there are chunks, only their size cuts one: it must fit, or its request is not let in.
     room = scheduler.chunked_prefill_size or scheduler.max_prefill_tokens
     holders = running
-    prefill = chunk = 0
+    prefill = chunk = admitted = 0
     if chunked is not None:
         left = min(room, max(0, _length(chunked) - chunked.kv_committed_len))
         prefill = chunk = -(-left // block_tokens) + 1
@@ -88,9 +133,11 @@ def load_of(
         rest = _Tokens(_length(chunked) + block_tokens, chunked.kv_committed_len)
         holders = [rest, *running]
     waiting = [*queued, *new]
+    most = getattr(scheduler, "max_running_requests", None) or len(running) + len(waiting)
     for request in waiting:
         if room <= 0:
             break
+        admitted += len(running) + admitted < most
         tokens = min(_length(request), room)
         if scheduler.chunked_prefill_size is None and not prefill:
             tokens = _length(request)  # the first is admitted whatever its length
@@ -103,16 +150,21 @@ def load_of(
         ratio = scheduler.new_token_ratio_tracker.current
         to_come = _to_come(waiting[0]) + sum(_to_come(request, ratio) for request in running)
     needs = []
-    for window in windows:
+    for pool in pools or [Tokens(block_tokens)]:
         need = now
-        if waiting:
+        if isinstance(pool, States):
+            need = pool.need(len(running) + (chunked is not None), admitted, bool(waiting))
+        elif waiting:
             tokens = prompt = _length(waiting[0])
-            if window is None:
+            if pool.window is None:
                 tokens += int(to_come)
             else:
                 # A chunk or the window, whichever is more, and the window behind the next chunk.
-                most = max(scheduler.chunked_prefill_size or prompt, window)
-                tokens, prompt = max(min(prompt, most), window), min(prompt, most + window)
+                size = max(scheduler.chunked_prefill_size or prompt, pool.window)
+                tokens, prompt = (
+                    max(min(prompt, size), pool.window),
+                    min(prompt, size + pool.window),
+                )
             wanted = max(now.wanted_blocks, math.ceil((tokens + 2 * block_tokens) / block_tokens))
             first = decode + chunk + -(-prompt // block_tokens) + 1
             need = Need(now.running_blocks, now.needed_blocks, wanted, first)

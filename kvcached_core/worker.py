@@ -52,6 +52,18 @@ class WorkerArena:
         """Tell the ledger what this process holds on the device besides its KV cache."""
         self._member.set_static(num_bytes)
 
+    def raw_segments(self) -> Any:
+        """All segments as one DLPack object: int8, shape ``[segments, num_blocks * block_bytes]``,
+        the rows apart by what lies between two segments.
+        """
+        shape = self.binding.shape
+        return self._arena.dlpack(
+            [shape.segments, shape.num_blocks * shape.block_bytes],
+            [self._arena.segment_stride, 1],
+            "int8",
+            0,
+        )
+
     def raw_tensor(self, segment: int = 0) -> Any:
         """One segment's memory as a DLPack object: int8, shape ``[num_blocks * block_bytes]``."""
         shape = self.binding.shape

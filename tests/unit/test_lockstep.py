@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from kvcached_core import ArenaShape, ElasticScheduler, Ledger
+from kvcached_core import ArenaShape, ElasticScheduler, Ledger, sglang_load
 from kvcached_core._core import BlockAllocator
 from kvcached_core.accounts import Account
 from kvcached_core.lockstep import Leader, Load, Need, PassOrder, Replica
 from kvcached_core.plan import BlockRanges, StepOps
 from kvcached_core.scheduler import geometry_of
-from kvcached_core.sglang_load import load_of, most_tokens
+from kvcached_core.sglang_load import load_of
 from tests.support.little_sglang import Abort, Arrival, LittleSglang, Sampling
 from tests.support.little_windows import LittleWindows
 
@@ -468,7 +468,10 @@ class Engine:
         windows = len(group.scheduler.pools) > 1
         kind: Any = LittleWindows if windows else LittleSglang
         self.ranks = [kind(*pools, keeps_prefixes=with_cache, **settings) for pools in group.ranks]
-        self.windows = (None, self.ranks[0].window_tokens) if windows else (None,)
+        chunk = self.ranks[0].chunked_prefill_size
+        self.kinds = [sglang_load.Tokens(16)]
+        if windows:
+            self.kinds.append(sglang_load.Tokens(16, self.ranks[0].window_tokens, chunk))
         pools = [group.scheduler.pools, *(replica.pools for replica in group.replicas)]
         for theirs, rank in zip(pools, self.ranks, strict=True) if with_cache else ():
             theirs[0].cache = rank.tree
@@ -480,7 +483,7 @@ class Engine:
 
     def turn(self, received: Sequence[Any] = ()) -> None:
         """One turn of the event loop on every rank, with a pass if there is a reason."""
-        load = load_of(self.ranks[0], received, 16, self.windows)
+        load = load_of(self.ranks[0], received, 16, self.kinds)
         busy, self._busy = self._busy, load is not None
         if self.group.scheduler.attend() or load is not None or busy:
             for rank in self.ranks:
@@ -521,9 +524,8 @@ class Engine:
 
     def most_windows(self) -> int:
         """The same of the second pool."""
-        rank = self.ranks[0]
-        window = most_tokens(self.windows[-1], rank.chunked_prefill_size, 16)
-        return self.most_blocks() if window is None else min(self.most_blocks(), window // 16 + 3)
+        window = self.kinds[-1].most_blocks
+        return self.most_blocks() if window is None else min(self.most_blocks(), window + 3)
 
 
 REQUESTS = st.tuples(  # prompt, most tokens to make, tokens it makes, topic

@@ -482,9 +482,9 @@ class Ranks:
     def settle(self) -> None:
         """The workers have done what they were told to."""
         for rank in self.ranks:
-            rank._pools[0].arena._mapper.drain()
+            rank._pools[0].arenas[0]._mapper.drain()
             backed = {0, *rank.allocator.free_order(), *rank.allocator.live_array().tolist()}
-            arena = rank._pools[0].arena._arena
+            arena = rank._pools[0].arenas[0]._arena
             assert {b for b in range(len(self.arenas[0])) if arena.is_committed(b)} == backed
 
     def ledger(self) -> Ledger:
