@@ -133,6 +133,12 @@ def check_supported(server_args: Any) -> None:
         f"KV cache type {a.kv_cache_dtype} has a second buffer; use auto or fp8": (
             str(a.kv_cache_dtype).startswith("fp4")
         ),
+        "checkpoints of states are a second pool; drop --enable-int8-mamba-checkpoint": (
+            a.enable_int8_mamba_checkpoint
+        ),
+        "rings of states are a second pool; drop --enable-linear-replayssm": (
+            a.enable_linear_replayssm
+        ),
         "there is no KV cache to be elastic; drop --prefill-only-disable-kv-cache": (
             a.prefill_only_disable_kv_cache
         ),
@@ -160,12 +166,15 @@ def check_backends(names: Sequence[str | None]) -> None:
         )
 
 
-def check_model(*, only_windows: bool, recurrent: bool, sparse: bool, fp8_mla: bool) -> None:
-    """Refuse models whose KV cache is not made of tokens, all of them or a window.
+def check_model(
+    *, only_windows: bool, windows_and_states: bool, amx_states: bool, sparse: bool, fp8_mla: bool
+) -> None:
+    """Refuse models whose KV cache is neither tokens, all of them or a window, nor states.
 
     Args:
         only_windows: every layer keeps a window, and none all tokens.
-        recurrent: some layers keep states (Mamba, linear attention).
+        windows_and_states: some layers keep a window, and some a state.
+        amx_states: states laid out for the AMX units of a CPU.
         sparse: an index beside the KV cache, or compressed caches.
         fp8_mla: latent attention whose kernels convert the whole cache before they read it.
 
@@ -174,7 +183,8 @@ def check_model(*, only_windows: bool, recurrent: bool, sparse: bool, fp8_mla: b
     """
     obstacles = {
         "windows in every layer allow no pages; pass --disable-hybrid-swa-memory": only_windows,
-        "recurrent layers, whose states are not elastic yet; use another model": recurrent,
+        "windows beside states; pass --disable-hybrid-swa-memory": windows_and_states,
+        "states are laid out for AMX on this CPU; use a GPU, or another model": amx_states,
         "sparse attention, whose index is not elastic yet; use another model": sparse,
         "an fp8 cache of latent attention is read whole; use --kv-cache-dtype auto": fp8_mla,
     }

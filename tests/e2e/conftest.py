@@ -15,7 +15,7 @@ from tests.support.engines import EngineHost, Flavor, Job, Result, engine_folder
 from tests.support.prompts import TWIN_LENGTH, mixed_batches, twins
 from tests.support.server import Server
 from tests.support.sglang_server import sglang_folder
-from tests.support.tiny_model import COHERE2, GEMMA3, LLAMA, make_tiny_model
+from tests.support.tiny_model import COHERE2, GEMMA3, LFM2, LLAMA, make_tiny_model
 
 MIB = 1 << 20
 PAIRS = 8
@@ -53,6 +53,7 @@ class Models:
     llama: Path
     gemma: Path
     cohere: Path
+    lfm: Path
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +63,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         make_tiny_model(folder / "llama", LLAMA),
         make_tiny_model(folder / "gemma3", GEMMA3),
         make_tiny_model(folder / "cohere2", COHERE2),
+        make_tiny_model(folder / "lfm2", LFM2),
     )
 
 

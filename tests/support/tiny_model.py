@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import pydoc_data.topics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ CHAT_TEMPLATE = (
 class TinySpec:
     """Shape of a tiny model. In float32 one token takes `kv_bytes_per_token` of KV cache."""
 
+    # "gemma3": five sliding-window layers, then one full layer; "cohere2": three, then one, which
+    # SGLang keeps in a pool of its own; "lfm2": every other layer is a short convolution, which has
+    # a state.
     arch: str = "llama"
     """Or "gemma3": five sliding-window layers, then one full layer; or "cohere2": three, then one,
     which SGLang keeps in a pool of its own; or "mla": latent attention as in DeepSeek V2, no
@@ -44,18 +48,27 @@ class TinySpec:
     vocab: int = 2048
     max_len: int = 4096
     sliding_window: int = 256
+    conv_kernel: int = 4
     seed: int = 0
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values of one token over all layers."""
-        return self.layers * 2 * self.kv_heads * self.head_dim * 4
+        layers = self.layers // 2 if self.arch == "lfm2" else self.layers
+        return layers * 2 * self.kv_heads * self.head_dim * 4
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one request's states over all layers."""
+        layers = self.layers // 2 if self.arch == "lfm2" else 0
+        return layers * self.hidden * (self.conv_kernel - 1) * 4
 
 
 LLAMA = TinySpec()
 GEMMA3 = TinySpec(arch="gemma3", layers=6, kv_heads=1, heads=4)
 COHERE2 = TinySpec(arch="cohere2", sliding_window=64)
-SPECS = {spec.arch: spec for spec in (LLAMA, GEMMA3, COHERE2)}
+LFM2 = TinySpec(arch="lfm2", layers=6, kv_heads=1, heads=4)
+SPECS = {spec.arch: spec for spec in (LLAMA, GEMMA3, COHERE2, LFM2)}
 
 
 def _config(spec: TinySpec) -> dict[str, Any]:
@@ -149,7 +162,19 @@ def _config(spec: TinySpec) -> dict[str, Any]:
             "is_hybrid_swa": True,
             "hybrid_layer_pattern": [int(s) for s in slides],
         }
-    raise ValueError(f"unknown arch {spec.arch!r}: use llama, gemma3 or cohere2")
+    if spec.arch == "lfm2":
+        return common | {
+            "architectures": ["Lfm2ForCausalLM"],
+            "model_type": "lfm2",
+            "block_auto_adjust_ff_dim": False,
+            "conv_bias": False,
+            "conv_L_cache": spec.conv_kernel,
+            "layer_types": ["full_attention" if i % 2 else "conv" for i in range(spec.layers)],
+            "norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": True,
+        }
+    raise ValueError(f"unknown arch {spec.arch!r}: use one of {', '.join(SPECS)}")
 
 
 def _weights(spec: TinySpec) -> dict[str, Any]:
@@ -166,6 +191,9 @@ def _weights(spec: TinySpec) -> dict[str, Any]:
         value = 0.0 if spec.arch == "gemma3" else 1.0
         tensors[name] = torch.full((size,), value)
 
+    if spec.arch == "lfm2":
+        _lfm2_weights(spec, normal, norm, tensors)
+        return tensors
     q_size, kv_size = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     normal("model.embed_tokens.weight", spec.vocab, spec.hidden, 0.02)
     for i in range(spec.layers):
@@ -193,6 +221,40 @@ def _weights(spec: TinySpec) -> dict[str, Any]:
     if spec.arch == "llama":
         normal("lm_head.weight", spec.vocab, spec.hidden, 0.06)
     return tensors
+
+
+def _lfm2_weights(
+    spec: TinySpec,
+    normal: Callable[[str, int, int, float], None],
+    norm: Callable[[str, int], None],
+    tensors: dict[str, Any],
+) -> None:
+    import torch
+
+    q_size, kv_size = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    normal("model.embed_tokens.weight", spec.vocab, spec.hidden, 0.02)
+    for i in range(spec.layers):
+        prefix = f"model.layers.{i}."
+        attention, conv, mlp = prefix + "self_attn.", prefix + "conv.", prefix + "feed_forward."
+        if i % 2:
+            normal(attention + "q_proj.weight", q_size, spec.hidden, 0.09)
+            normal(attention + "k_proj.weight", kv_size, spec.hidden, 0.09)
+            normal(attention + "v_proj.weight", kv_size, spec.hidden, 0.06)
+            normal(attention + "out_proj.weight", spec.hidden, q_size, 0.1)
+            # Queries and keys are normalised per head: their scale sits in these weights.
+            tensors[attention + "q_layernorm.weight"] = torch.full((spec.head_dim,), 0.5)
+            tensors[attention + "k_layernorm.weight"] = torch.full((spec.head_dim,), 0.5)
+        else:
+            normal(conv + "in_proj.weight", 3 * spec.hidden, spec.hidden, 0.06)
+            normal(conv + "conv.weight", spec.hidden, spec.conv_kernel, 0.5)
+            tensors[conv + "conv.weight"] = tensors[conv + "conv.weight"].unsqueeze(1)
+            normal(conv + "out_proj.weight", spec.hidden, spec.hidden, 0.1)
+        normal(mlp + "w1.weight", spec.intermediate, spec.hidden, 0.06)
+        normal(mlp + "w3.weight", spec.intermediate, spec.hidden, 0.06)
+        normal(mlp + "w2.weight", spec.hidden, spec.intermediate, 0.06)
+        norm(prefix + "operator_norm.weight", spec.hidden)
+        norm(prefix + "ffn_norm.weight", spec.hidden)
+    norm("model.embedding_norm.weight", spec.hidden)
 
 
 def _write_tokenizer(path: Path, spec: TinySpec) -> None:

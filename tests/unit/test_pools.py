@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from kvcached_core import Ledger
+from kvcached_core import ArenaShape, Ledger
+from kvcached_core.accounts import Account
 from kvcached_core.lockstep import Load, Need
-from kvcached_core.sglang_load import most_tokens, pool_tokens
+from kvcached_core.sglang_load import States, most_tokens, pool_tokens
 from tests.unit.test_lockstep import PAGE, Engine, Group, Tokens, another, ids
 
 FULL, WINDOW = PAGE // 2, PAGE  # bytes of a block
@@ -242,3 +243,49 @@ def test_the_largest_request_finds_room_for_its_window(num_bytes: int, chunk: in
     if num_bytes == 1 << 33 and chunk == 128:
         assert full * 2048 > 0.99 * num_bytes  # windows take next to nothing
         assert window * 6144 > 0.99 * num_bytes  # and may take all
+
+
+# -- states -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("running", "new", "held", "needs"),
+    [
+        (0, 0, 0, (0, 0, 0)),
+        (2, 0, 0, (6, 6, 6)),
+        (2, 3, 4, (2, 11, 11)),
+        (2, 0, 9, (0, 0, 0)),  # a request gave up what others take
+    ],
+)
+def test_states_are_there_before_a_request_is(
+    running: int, new: int, held: int, needs: tuple[int, int, int]
+) -> None:
+    need = States(3, held).need(running, new, False)
+    assert (need.running_blocks, need.needed_blocks, need.wanted_blocks) == needs
+
+
+def test_a_waiting_request_wants_its_states_though_none_may_be_let_in_now() -> None:
+    need = States(3, 6).need(2, 0, True)
+    assert (need.needed_blocks, need.wanted_blocks, need.first_blocks) == (0, 3, 3)
+
+
+def test_a_state_is_no_matter_of_length(ledger: Ledger) -> None:
+    group = make(ledger)
+    pool = group.scheduler.add_pool(
+        20,
+        [ArenaShape(20, 3 * PAGE, PAGE, segments=2)],
+        [Account(ledger, group.member, (2 * PAGE,), 6 * PAGE)],
+        block_tokens=1,
+        fixed_blocks=3,
+    )
+    assert pool.blocks_of(1) == pool.blocks_of(10_000) == 3
+    assert pool.next_blocks_of(1, 10_000) == 0
+    assert pool.page_bytes == 2 * PAGE and pool.block_bytes == 6 * PAGE
+    # The null slot's pages: three in each of two layers.
+    assert group.member.info().leased == (2 + 6) * PAGE
+    other = another(ledger).join("other")
+    assert other.lease(ledger.available())
+    needs = (*(Need(0, 0, 0, 0),) * 2, States(3).need(0, 1, True))
+    group.scheduler.begin_pass()
+    group.scheduler.note_shortage(*(need.wanted_blocks for need in needs))
+    assert group.member.info().demand == 3 * 6 * PAGE

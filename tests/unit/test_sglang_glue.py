@@ -65,6 +65,8 @@ def server_args(directory: Path | None = None, kvcached: Any = None, **changes: 
         "dllm_algorithm": None,
         "kv_cache_dtype": "auto",
         "prefill_only_disable_kv_cache": False,
+        "enable_int8_mamba_checkpoint": False,
+        "enable_linear_replayssm": False,
     }
     assert changes.keys() <= plain.keys()
     return NS(**plain | changes)
@@ -93,6 +95,8 @@ OBSTACLES = [
     ({"dllm_algorithm": "LowConfidence"}, "drop --dllm-algorithm"),
     ({"kv_cache_dtype": "fp4_e2m1"}, "fp4_e2m1.*use auto or fp8"),
     ({"prefill_only_disable_kv_cache": True}, "drop --prefill-only-disable-kv-cache"),
+    ({"enable_int8_mamba_checkpoint": True}, "drop --enable-int8-mamba-checkpoint"),
+    ({"enable_linear_replayssm": True}, "drop --enable-linear-replayssm"),
 ]
 VARIABLES = [
     "SGLANG_USE_HND_KVCACHE",
@@ -148,19 +152,22 @@ def test_attention_backends_must_read_by_the_stride() -> None:
         check_backends(["trtllm_mha", "triton", "cutlass_mla", None])
 
 
-PLAIN_MODEL = {"only_windows": False, "recurrent": False, "sparse": False, "fp8_mla": False}
+PLAIN_MODEL = dict.fromkeys(
+    ("only_windows", "windows_and_states", "amx_states", "sparse", "fp8_mla"), False
+)
 
 
 @pytest.mark.parametrize(
     ("trait", "words"),
     [
         ("only_windows", "pass --disable-hybrid-swa-memory"),
-        ("recurrent", "recurrent layers"),
+        ("windows_and_states", "pass --disable-hybrid-swa-memory"),
+        ("amx_states", "states are laid out for AMX"),
         ("sparse", "sparse attention"),
         ("fp8_mla", "use --kv-cache-dtype auto"),
     ],
 )
-def test_models_with_further_pools_are_refused(trait: str, words: str) -> None:
+def test_models_with_other_pools_are_refused(trait: str, words: str) -> None:
     check_model(**PLAIN_MODEL)
     with pytest.raises(ConfigError, match=words):
         check_model(**PLAIN_MODEL | {trait: True})
@@ -528,6 +535,44 @@ def test_every_rank_has_an_arena_and_the_first_the_ledger(ranks: Ranks) -> None:
         assert rank.allocator.num_blocks == 400
         arena[0] = 3
         assert (arena[0] == 3).all()
+
+
+def test_a_rank_has_pools_of_states_and_of_tokens(ranks: Ranks) -> None:
+    size = len(ranks.ranks)
+    sizes = [(PAGE // 2 + 64, 3), (128, 3)]  # slots that straddle pages, and many to a page
+    states = together([lambda r=r: r.open_states(20, sizes, 2) for r in ranks.ranks])
+    tokens = together([lambda r=r: r.open(400, PAGE // 4, 16) for r in ranks.ranks])
+    (member,) = ranks.ledger().members()
+    null = 3 * PAGE + 3 * PAGE + PAGE
+    assert member.leased == member.committed == size * null
+    for rank, raw, row in zip(ranks.ranks, states, tokens, strict=True):
+        temporal, conv = (np.from_dlpack(tensor) for tensor in raw)
+        assert temporal.shape == (3, 20 * (PAGE // 2 + 64)) and conv.shape == (3, 20 * 128)
+        assert rank.num_pools == 2
+        assert [rank.allocator_of(pool).num_blocks for pool in (0, 1)] == [20, 400]
+        temporal.reshape(3, 20, -1)[:, 0] = conv.reshape(3, 20, -1)[:, 0] = 5
+        np.from_dlpack(row).reshape(400, -1)[0] = 5
+    first = ranks.ranks[0]
+    assert first._leader is not None
+    load = load_of(Engine(waiting_queue=[prompt(40, 1)] * 4), [], 16, first._kinds())
+    assert load is not None
+    assert [need.needed_blocks for need in load.needs] == [4 * 2, 4 * (3 + 1)]
+    first.order, ops = first._leader.plan(load)
+    first._apply(ops)
+    for rank in ranks.ranks[1:]:
+        assert rank._replica is not None
+        rank.order = first.order
+        rank._apply(rank._replica.repeat(first.order))
+    for rank, raw in zip(ranks.ranks, states, strict=True):
+        slots = rank.allocator_of(0).free_order()
+        assert len(slots) >= 8
+        for tensor in raw:
+            array = np.from_dlpack(tensor).reshape(3, 20, -1)
+            array[:, slots] = 7  # faults where there is no memory
+        assert rank.allocator_of(0).free_order() == ranks.ranks[0].allocator_of(0).free_order()
+    pages = [sum(pool.committed_pages()) for pool in first._leader.scheduler.pools]
+    (member,) = ranks.ledger().members()
+    assert member.committed == size * (3 * pages[0] + pages[1]) * PAGE
 
 
 def test_a_request_runs_and_its_memory_goes_back(ranks: Ranks) -> None:
