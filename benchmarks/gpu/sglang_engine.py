@@ -4,6 +4,11 @@
     ENGINE_STOCK=... ENGINE_PATCHED=... python benchmarks/gpu/run_all.py \
         --script sglang_engine.py --out build/sglang.jsonl stock on stock on
 
+With `--model` it is one of hybrid_models.py, with a prefix cache:
+
+    ... run_all.py --script sglang_engine.py --out build/hybrids.jsonl stock on stock on \
+        --model qwen3-next --cells tokens 64x2048x256 --repeats 1
+
 With `--tiny` it runs on the CPU, to try it.
 """
 
@@ -23,6 +28,7 @@ from typing import Any
 # Last, so that an installed kvcached_core is found before this repository's sources.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.gpu import hybrid_models
 from benchmarks.gpu.tokens_and_throughput import LLAMA_8B, DeviceMemory, greedy_tokens, throughput
 from tests.support.prompts import equal_prompts
 from tests.support.tiny_model import LLAMA, make_tiny_model
@@ -53,7 +59,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         import sglang
 
-        model = make_tiny_model(folder, spec, weights=False)
+        if args.model:
+            model, spec = hybrid_models.make(folder, args.model)
+        else:
+            model = make_tiny_model(folder, spec, weights=False)
         begin = time.perf_counter()
         settings: dict[str, Any] = {
             "model_path": str(model),
@@ -61,14 +70,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "dtype": "float32" if args.tiny else "bfloat16",
             "skip_tokenizer_init": True,
             "context_length": spec.max_len,
-            "disable_radix_cache": True,
+            "disable_radix_cache": args.model is None,
             "custom_weight_loader": [WEIGHTS],
         }
         if args.tiny:
             settings |= {"device": "cpu", "max_total_tokens": 8192}
         else:
             settings |= {"attention_backend": "triton", "sampling_backend": "pytorch"}
-        engine = sglang.Engine(**settings, **json.loads(args.engine))
+        engine = sglang.Engine(**settings | json.loads(args.engine))
         report["start_s"] = round(time.perf_counter() - begin, 1)
     import torch
 
@@ -112,6 +121,7 @@ def main() -> None:
     parser.add_argument("--settle", type=float, default=4.0, help="seconds idle before the end")
     parser.add_argument("--engine", default="{}", help="further arguments of the engine, as JSON")
     parser.add_argument("--mla", action="store_true", help="latent attention, 2B parameters")
+    parser.add_argument("--model", choices=hybrid_models.CONFIGS, help="instead of a Llama 8B")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
     print("REPORT " + json.dumps(run(parser.parse_args())), flush=True)
 

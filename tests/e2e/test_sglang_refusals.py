@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -38,6 +40,7 @@ FLAGS = {
     "nnodes": ("--nnodes=2", "--tp-size=2", "--dist-init-addr=127.0.0.1:9"),
     "scheduler-recv-interval": ("--scheduler-recv-interval=2",),
     "pdmux": ("--enable-pdmux",),
+    "int8-mamba-checkpoint": ("--enable-int8-mamba-checkpoint",),
     "dllm": ("--dllm-algorithm=LowConfidence",),
     "attention-backend": ("--attention-backend=flex_attention",),
 }
@@ -99,6 +102,24 @@ def test_settings_that_cannot_work_are_refused_with_the_remedy(refused: Refused,
 def test_a_configuration_that_is_none(refused: Refused, text: str) -> None:
     error = refused(f"--kvcached-config={text}")
     assert "--kvcached-config" in error or "no setting 'pagesize'" in error
+
+
+def test_a_model_of_windows_only(
+    models: Models, sglang_patched: SglangHost, tmp_path: Path
+) -> None:
+    model = shutil.copytree(models.cohere, tmp_path / "windows")
+    config = json.loads((model / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    config |= {"hybrid_layer_pattern": [1] * layers, "layer_types": ["sliding_attention"] * layers}
+    (model / "config.json").write_text(json.dumps(config))
+    env = elastic_env(tmp_path / "ledger", capacity="16MiB")
+    server = SglangServer("windows", model, tmp_path, (), env, host=sglang_patched)
+    try:
+        with pytest.raises(RuntimeError, match=r"ended with -?[1-9]"):
+            server.start().wait_ready(120)
+    finally:
+        server.stop()
+    assert "windows in every layer allow no pages; pass --disable-hybrid-swa" in server.output()
 
 
 def test_several_obstacles_are_told_at_once(refused: Refused) -> None:

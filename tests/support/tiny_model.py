@@ -32,13 +32,10 @@ CHAT_TEMPLATE = (
 class TinySpec:
     """Shape of a tiny model. In float32 one token takes `kv_bytes_per_token` of KV cache."""
 
-    # "gemma3": five sliding-window layers, then one full layer; "cohere2": three, then one, which
-    # SGLang keeps in a pool of its own; "lfm2": every other layer is a short convolution, which has
-    # a state.
     arch: str = "llama"
     """Or "gemma3": five sliding-window layers, then one full layer; or "cohere2": three, then one,
-    which SGLang keeps in a pool of its own; or "mla": latent attention as in DeepSeek V2, no
-    experts, no weights."""
+    which SGLang keeps in a pool of its own; or "lfm2": every other layer is a short convolution,
+    which has a state; or "mla": latent attention as in DeepSeek V2, no experts, no weights."""
     layers: int = 4
     heads: int = 8
     kv_heads: int = 2
