@@ -8,7 +8,6 @@ sends anyway.  It never talks to a driver, so it needs no GPU context.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,12 +15,13 @@ from typing import Any
 
 from ._core import BlockAllocator
 from .accounts import Account, Accounts
-from .demand import Demand, Request, next_blocks
+from .demand import Demand, Request
 from .free_queue import BlockList, ElasticFreeQueue
 from .metrics import HISTOGRAMS, HistogramFeed
 from .orders import Orders
 from .plan import ArenaShape, StepOps
 from .pool import CachedBlocks, Pool, geometry_of
+from .pools import Pools
 from .usage import DeviceUsage
 from .watcher import Watcher
 
@@ -73,7 +73,7 @@ class ElasticScheduler:
         start_wait_s: float = 0.0,
     ) -> None:
         self.accounts = Accounts(accounts)
-        self.pools: list[Pool] = []
+        self.pools = Pools(self.accounts)
         """The first is the one that callers mean who name none."""
         self.journal: list[tuple[str, int, int]] | None = None
         """What was done to the allocators and the caches, as act, amount and pool, for ranks that
@@ -153,7 +153,7 @@ class ElasticScheduler:
         if not pool.accounts.wait_for(pool.committed_pages(), self._start_wait_s):
             raise MemoryError("not even the null block's page can be leased")
         self.pools.append(pool)
-        for account, pinned in zip(self.accounts, self._committed(), strict=True):
+        for account, pinned in zip(self.accounts, self.pools.committed(), strict=True):
             account.member.set_pinned(pinned)
         return pool
 
@@ -240,25 +240,27 @@ class ElasticScheduler:
         self._passes += 1
         self._demand.begin(waiting)
         self.accounts.touch()
-        unit = self._unit
-        trimmed, with_cache = self._orders.begin(unit.page_bytes, unit.accounts, self._held_bytes())
+        unit = self.pools.unit
+        trimmed, with_cache = self._orders.begin(
+            unit.page_bytes, unit.accounts, self.pools.held_bytes()
+        )
         self.contended = self.accounts.others_wait()
         # Memory for what runs now is not spare.
-        self._keep_for_next(running if self.contended or trimmed else ())
+        self.pools.keep_for_next(running if self.contended or trimmed else ())
         if self.contended:
             # What finished requests left since the last pass must not be used again unseen.
             self._publish_spare()
         asked, asked_running = self._bytes_asked()
         if asked_running:
-            self._keep_for_next(())  # requests are to go anyway
+            self.pools.keep_for_next(())  # requests are to go anyway
         elif asked and not self.contended:
-            self._keep_for_next(running)
+            self.pools.keep_for_next(running)
         if asked and self._asked_since is None:
             self._asked_since = time.monotonic()
         preempt = 0
         if asked_running and self._passes - self._preempted_in >= _PREEMPTION_PAUSE:
             preempt = self._demand.last_requests(running, asked_running)
-        self._withhold(asked_running if preempt else 0)
+        self.pools.withhold(asked_running if preempt else 0)
         if preempt:
             self._preempted_in = self._passes
             self.counters["preemptions"] += preempt
@@ -270,47 +272,17 @@ class ElasticScheduler:
             self._give_owed()
         return preempt
 
-    @property
-    def _unit(self) -> Pool:
-        """The pool whose page is the least that can be given."""
-        return min(self.pools, key=lambda pool: pool.page_bytes)
-
-    def _held_bytes(self) -> int:
-        return sum(p.page_bytes * p.allocator.committed_pages(0) for p in self.pools)
-
-    def _keep_for_next(self, running: Sequence[Request]) -> None:
-        """Keep the parked pages that the running requests may need in this pass."""
-        for pool in self.pools:
-            allocator = pool.allocator
-            beside = max(0, allocator.num_clean - pool.blocks_on(allocator.parked_pages))
-            needed = next_blocks(pool, running) - beside if running else 0
-            pool.keep_pages = pool.pages_for(max(0, needed))
-
-    def _withhold(self, num_bytes: int) -> None:
-        """Have running requests free so much, of every pool in proportion to what they hold."""
-        held = [(pool.allocator.num_live - 1) * pool.block_bytes for pool in self.pools]
-        for pool, part in zip(self.pools, held, strict=True):
-            pool.withheld_blocks = pool.blocks_in(-(-num_bytes * part // max(1, sum(held))))
-
     def _evict_for(self, num_bytes: int) -> None:
         """Empty pages of the caches until so much is spare, or all that can be."""
         cached = [pool.num_cached * pool.block_bytes for pool in self.pools]
-        wanted = self._missing(num_bytes)
+        wanted = self.pools.missing(num_bytes)
         # In proportion, since they hold parts of the same prefixes.
         for index, pool in enumerate(self.pools):
             share = -(-wanted * cached[index] // max(1, sum(cached)))
-            self._empty(index, pool.pages_in(min(share, self._missing(num_bytes))))
+            self._empty(index, pool.pages_in(min(share, self.pools.missing(num_bytes))))
         if len(self.pools) > 1:  # what rounding left over
             for index, pool in enumerate(self.pools):
-                self._empty(index, pool.pages_in(self._missing(num_bytes)))
-
-    def _missing(self, num_bytes: int) -> int:
-        """How much less than so many bytes is spare; what a pool lacks for itself counts too."""
-        return max(
-            0,
-            num_bytes
-            - sum((p.allocator.parked_pages - p.keep_pages) * p.page_bytes for p in self.pools),
-        )
+                self._empty(index, pool.pages_in(self.pools.missing(num_bytes)))
 
     def _empty(self, index: int, pages: int) -> None:
         cache = self.pools[index].cache
@@ -320,11 +292,11 @@ class ElasticScheduler:
 
     def _give_owed(self) -> None:
         """Decommit parked pages others asked for, as far as they can be spared."""
-        before = self._committed()
+        before = self.pools.committed()
         for index, pool in enumerate(self.pools):
             pages = min(pool.pages_in(self._owed_bytes), pool.spare_pages)
             self._owed_bytes = max(0, self._owed_bytes - self._shrink(index, pages))
-        gone = [was - now for was, now in zip(before, self._committed(), strict=True)]
+        gone = [was - now for was, now in zip(before, self.pools.committed(), strict=True)]
         for account, num_bytes in zip(self.accounts, gone, strict=True):
             if num_bytes:
                 account.member.count("reclaimed_bytes", num_bytes)
@@ -340,7 +312,7 @@ class ElasticScheduler:
         Returns:
             Whether there was something, or is on its way.
         """
-        returning = self._returning_here()
+        returning = self.pools.returning_here()
         missing = -returning
         for pool, lack, keep in zip(self.pools, short, needed, strict=True):
             missing += max(0, lack) * pool.block_bytes
@@ -354,15 +326,6 @@ class ElasticScheduler:
                     self._empty(index, pages - pool.spare_pages)
                 missing -= self._shrink(index, min(pages, pool.spare_pages))
         return self.gives or returning > 0
-
-    def _returning_here(self) -> int:
-        """Bytes that were given up and are not released yet, of one rank."""
-        unit = self._unit
-        most = 0
-        for index, account in enumerate(unit.accounts):
-            pages = -(-self._returning(index) // max(account.page_cost[0], 1))
-            most = max(most, pages * unit.page_bytes)
-        return most
 
     def take_ops(
         self, scheduled_tokens: int = 1, needed_blocks: int | Sequence[int] = 0
@@ -421,7 +384,7 @@ class ElasticScheduler:
 
     def _bytes_asked(self) -> tuple[int, int]:
         """What the ledgers ask for: unused memory, and some that running requests hold."""
-        unit = self._unit
+        unit = self.pools.unit
         soft = hard = 0
         for account, own in zip(unit.accounts, self.accounts, strict=True):
             asked, asked_running = own.member.ask()
@@ -433,7 +396,7 @@ class ElasticScheduler:
         """Blocks of a pool that may stay cached."""
         pool = self.pools[index]
         bound = pool.allocator.num_blocks
-        for limit, held in zip(self._orders.cache_limits(), self._cached(), strict=True):
+        for limit, held in zip(self._orders.cache_limits(), self.pools.cached(), strict=True):
             if limit is not None and held > limit:
                 bound = min(bound, pool.num_cached * limit // held)
         return bound
@@ -467,7 +430,7 @@ class ElasticScheduler:
         """
         if any(pool.commit for pool in self.pools):
             return True
-        if self._settling and not any(map(self._returning, range(len(self.accounts)))):
+        if self._settling and not any(self.pools.all_returning()):
             return True  # so that the engine's metrics tell what the workers have released
         now = time.monotonic()
         for pool in self.pools:
@@ -480,27 +443,8 @@ class ElasticScheduler:
         return spare and self._bytes_asked()[0] > 0
 
     def _caches_fit(self) -> bool:
-        limits = zip(self._orders.cache_limits(), self._cached(), strict=True)
+        limits = zip(self._orders.cache_limits(), self.pools.cached(), strict=True)
         return all(limit is None or held <= limit for limit, held in limits)
-
-    def _returning(self, index: int) -> int:
-        """Bytes of an account given up here that the workers have not released yet."""
-        (account,) = itertools.islice(self.accounts, index, index + 1)
-        return max(0, account.member.info().leased - self._committed()[index])
-
-    def _over_pools(self, bytes_of: Callable[[Pool, Account], int]) -> list[int]:
-        """Of every account the sum over the pools, at what these cost there."""
-        totals = [0] * len(self.accounts)
-        for pool in self.pools:
-            for index, account in enumerate(pool.accounts):
-                totals[index] += bytes_of(pool, account)
-        return totals
-
-    def _committed(self) -> list[int]:
-        return self._over_pools(lambda pool, account: account.cost(pool.committed_pages()))
-
-    def _cached(self) -> list[int]:
-        return self._over_pools(lambda pool, account: pool.num_cached * account.block_cost)
 
     def refresh_usage(self, force: bool = False) -> None:
         """Publish the driver's totals to the ledgers, at most every 100 ms."""
@@ -513,16 +457,15 @@ class ElasticScheduler:
                 account.ledger.set_device_used(usage.used_bytes())
 
     def _publish_spare(self) -> None:
-        spare = self._over_pools(lambda pool, account: pool.spare_pages * account.page_cost[0])
-        for account, parked, cached in zip(self.accounts, spare, self._cached(), strict=True):
+        sums = zip(self.accounts, self.pools.spare(), self.pools.cached(), strict=True)
+        for account, parked, cached in sums:
             account.member.set_parked(parked)
             account.member.set_cached(cached)
 
     def _publish(self, gave: bool) -> None:
         self._publish_spare()
         settling = gave
-        for index, account in enumerate(self.accounts):
-            returning = self._returning(index)
+        for account, returning in zip(self.accounts, self.pools.all_returning(), strict=True):
             settling = settling or returning > 0
             account.member.set_returning(returning)
         # At once, and before the trims count as done: another thread acknowledges them.

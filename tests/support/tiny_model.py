@@ -171,7 +171,7 @@ def _config(spec: TinySpec) -> dict[str, Any]:
             "rope_theta": 10000.0,
             "tie_word_embeddings": True,
         }
-    raise ValueError(f"unknown arch {spec.arch!r}: use one of {', '.join(SPECS)}")
+    raise ValueError(f"unknown arch {spec.arch!r}: use one of {', '.join(SPECS)}, mla")
 
 
 def _weights(spec: TinySpec) -> dict[str, Any]:
