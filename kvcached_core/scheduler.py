@@ -292,6 +292,8 @@ class ElasticScheduler:
 
     def _give_owed(self) -> None:
         """Decommit parked pages others asked for, as far as they can be spared."""
+        if not self._owed_bytes:
+            return
         before = self.pools.committed()
         for index, pool in enumerate(self.pools):
             pages = min(pool.pages_in(self._owed_bytes), pool.spare_pages)

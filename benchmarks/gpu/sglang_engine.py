@@ -7,7 +7,7 @@
 With `--model` it is one of hybrid_models.py, with a prefix cache:
 
     ... run_all.py --script sglang_engine.py --out build/hybrids.jsonl stock on stock on \
-        --model qwen3-next --cells tokens 64x2048x256 --repeats 1
+        -- --model qwen3-next --cells tokens 64x2048x256 --repeats 1
 
 With `--tiny` it runs on the CPU, to try it.
 """
