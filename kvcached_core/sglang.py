@@ -190,6 +190,12 @@ class SglangRank:
         shapes = [ArenaShape(num_slots, size, page, segments=layers) for size, layers in sizes]
         return [arena.raw_segments() for arena in self._open(shapes, States(per_request))]
 
+    def state_bytes(self, sizes: Sequence[tuple[int, int]], slots: int) -> int:
+        """What so many slots of :meth:`open_states` may take, besides the padding slot."""
+        page = page_size(self._describe(), self.config, least=True)
+        # In every layer the padding slot's pages, and one more that slots fill in part.
+        return sum(layers * (slots * size + 2 * max(page, size)) for size, layers in sizes)
+
     def _describe(self) -> RankDevice:
         return describe(self._backend, self.kind, self.config, self._static_bytes)
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,12 +19,13 @@ from kvcached_core._core import MemberInfo
 from tests.e2e.conftest import Models
 from tests.support.elastic import NAME, check_account, elastic_env, ledger_path
 from tests.support.engines import Flavor
-from tests.support.load import Burst, check_complete
+from tests.support.load import Burst
 from tests.support.prompts import equal_prompts
 from tests.support.server import burst
 from tests.support.sglang_fixtures import (
     Reference,
     Scored,
+    ask,
     check_unhurt,
     retracted,
     wait_retracted,
@@ -96,13 +96,7 @@ def references(started: Started, server: SglangServer) -> list[Reference]:
     stock = started.stock()
     try:
         stock.start().wait_ready()
-        found = []
-        for prompts, max_tokens in ((PROMPTS, 16), (LONGER, 16), (GROWING, 48)):
-            answers = burst(stock, prompts, max_tokens)
-            check_complete(answers, max_tokens)
-            tokens: list[Any] = [answer.tokens for answer in answers]
-            found.append(Reference(prompts, max_tokens, tokens))
-        return found
+        return [ask(stock, *prompts) for prompts in ((PROMPTS, 16), (LONGER, 16), (GROWING, 48))]
     finally:
         stock.stop()
 

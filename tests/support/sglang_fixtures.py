@@ -92,20 +92,27 @@ class References:
         assert len({token for answer in answers for token in answer}) > 300
 
 
-def ask_stock(server: SglangServer) -> References:
-    """Starts a `Scored` stock server, and stops it once it has answered."""
+def ask_stock(
+    server: SglangServer,
+    growing: tuple[list[Prompt], int] = (GROWING, GROWING_TOKENS),
+) -> References:
+    """Starts a `Scored` stock server, and stops it once it has answered; requests that grow with so
+    many tokens each.
+    """
     try:
         server.start().wait_ready()
-        found = []
-        for prompts, max_tokens in ((PROMPTS, PROMPT_TOKENS), (GROWING, GROWING_TOKENS)):
-            answers = burst(server, prompts, max_tokens)
-            check_complete(answers, max_tokens)
-            tokens: list[Any] = [answer.tokens for answer in answers]
-            found.append(Reference(prompts, max_tokens, tokens))
-        mixed, growing = found
-        return References(mixed, growing, frozenset(server.metrics()))
+        mixed = ask(server, PROMPTS, PROMPT_TOKENS)
+        return References(mixed, ask(server, *growing), frozenset(server.metrics()))
     finally:
         server.stop()
+
+
+def ask(server: SglangServer, prompts: list[Prompt], max_tokens: int) -> Reference:
+    """What a `Scored` stock server answers."""
+    answers = burst(server, prompts, max_tokens)
+    check_complete(answers, max_tokens)
+    tokens: list[Any] = [answer.tokens for answer in answers]
+    return Reference(prompts, max_tokens, tokens)
 
 
 @pytest.fixture(scope="session")

@@ -543,6 +543,8 @@ def test_a_rank_has_pools_of_states_and_of_tokens(ranks: Ranks) -> None:
     states = together([lambda r=r: r.open_states(20, sizes, 2) for r in ranks.ranks])
     tokens = together([lambda r=r: r.open(400, PAGE // 4, 16) for r in ranks.ranks])
     (member,) = ranks.ledger().members()
+    assert ranks.ranks[0].state_bytes(sizes, 0) >= 3 * PAGE + 3 * PAGE
+    assert ranks.ranks[0].state_bytes(sizes, 4) >= 3 * (4 * (PAGE // 2 + 64) + PAGE) + 3 * PAGE
     null = 3 * PAGE + 3 * PAGE + PAGE
     assert member.leased == member.committed == size * null
     for rank, raw, row in zip(ranks.ranks, states, tokens, strict=True):
