@@ -130,11 +130,11 @@ def test_what_lies_behind_the_window_is_given_back(
 ) -> None:
     folder = tmp_path / "ledger"
     args = (EAGER, "--disable-radix-cache", "--chunked-prefill-size=128")
-    length, answer = 3000, 400
+    length, answer = 2400, 60
     with serve("engine", args, PLAIN | elastic_env(folder), models.cohere) as server:
         with LedgerWatch(ledger_path(folder)) as watch:
             Burst(server, equal_prompts(1, length, seed=1), answer).wait()
-            Burst(server, equal_prompts(1, 40, seed=2), 1200).wait()
+            Burst(server, equal_prompts(1, 40, seed=2), 400).wait()
         wait_until(lambda: _member(folder).leased <= 2 * PAGE, 15, "back at the floor")
     check_account(watch)
     all_tokens = (length + answer) * FULL
