@@ -101,11 +101,13 @@ class Overhead:
             seed=args.seed + number, concurrency=cell.concurrency, shared=args.shared,
         )  # fmt: skip
         self.memory.take_peak()
+        before = sum(fleet.preemptions())
         with LedgerWatch(fleet.ledger and fleet.ledger.resolve(), self.memory.used) as watch:
             (run,) = play(todo, drain_s + 20)
         row = {"system": started.system.text, "cell": cell.text, "round": number}
         row |= {"at_s": self.clock.spent(), "prefix_cache": args.prefix_cache}
         row |= measured(cell, run, watch.timeline.since(run.begin))
+        row["preemptions"] = sum(fleet.preemptions()) - before
         row |= {"peak_mib": self.memory.take_peak() >> 20, "client": stats.client_lag([run])}
         row["client"].pop("send_ms")  # All are due at once; they wait for their turn.
         self.note(row)

@@ -122,6 +122,7 @@ def compare(rows: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any
                 "system": system,
                 "rounds": len(rounds),
                 "failed": sum(row["failed"] for row in rounds),
+                "preempted": sum(row["preemptions"] for row in rounds),
                 "values": values,
                 "ratios": {k: v / base[k] for k, v in values.items() if base.get(k)},
                 "spread": max(rates) / min(rates) - 1 if min(rates) else None,
@@ -137,7 +138,8 @@ def table(rows: Sequence[dict[str, Any]], baseline: str) -> str:
     """Markdown. A number, then its ratio to the baseline."""
     kinds = ("tok/s", "ttft p50", "ttft p99", "tpot p50", "tpot p99")
     lines = [
-        f"| cell | system | rounds | {' | '.join(kinds)} | spread | failed | mapped, unmapped |",
+        f"| cell | system | rounds | {' | '.join(kinds)} | spread | failed, preempted "
+        "| mapped, unmapped |",
         "|---" * (len(kinds) + 6) + "|",
     ]
     for row in compare(rows, baseline):
@@ -152,7 +154,8 @@ def table(rows: Sequence[dict[str, Any]], baseline: str) -> str:
             f"{steady['commits']}, {steady['decommits']} in {steady['seconds']:.1f} s"
             if steady else "-"
         )  # fmt: skip
-        parts = [row["cell"], row["system"], str(row["rounds"]), *cells]
-        lines.append(f"| {' | '.join([*parts, spread, str(row['failed']), calls])} |")
+        bad = f"{row['failed']}, {row['preempted']}"
+        parts = [row["cell"], row["system"], str(row["rounds"]), *cells, spread, bad, calls]
+        lines.append(f"| {' | '.join(parts)} |")
     lines += [f"{row['error'].splitlines()[0][:300]}" for row in rows if "error" in row]
     return "\n".join(lines)

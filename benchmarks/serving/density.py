@@ -21,6 +21,8 @@ def meets(cell: dict[str, Any], objective_ms: float) -> bool:
 def summary(cells: Sequence[dict[str, Any]], objective_ms: float) -> list[dict[str, Any]]:
     """For each shape, system and pattern: the most engines that did, and the first that did not."""
     found = []
+    # Where the time was up, nothing is known.
+    cells = [c for c in cells if not c.get("error", "").startswith("not run")]
     keys = dict.fromkeys((c.get("shape", ""), c["system"], c["pattern"]) for c in cells)
     for shape, system, pattern in keys:
         same = [

@@ -62,7 +62,7 @@ def test_steady_is_between_the_first_wave_and_the_last() -> None:
 def test_systems_are_compared_cell_by_cell() -> None:
     def one(system: str, rate: float, ttft: float) -> dict[str, Any]:
         return {
-            "system": system, "cell": "1x1x2", "failed": 0, "out_tok_s": rate,
+            "system": system, "cell": "1x1x2", "failed": 0, "preemptions": 0, "out_tok_s": rate,
             "each_ttft_ms": [ttft] * 4, "each_tpot_ms": [10.0] * 4,
             "steady": {"seconds": 2.0, "commits": 1, "decommits": 0},
         }  # fmt: skip
@@ -163,6 +163,8 @@ def test_most_engines_that_meet_an_objective() -> None:
     cells = [one(2, 100), one(4, 400), one(6, 900), one(3, 100, failed=1)]
     cells.append({"system": "elastic", "pattern": "burst:4", "engines": 8, "error": "no room",
                   "shape": "1b"})  # fmt: skip
+    late = {"system": "elastic", "pattern": "burst:4", "engines": 5, "error": "not run: late"}
+    cells.append(late | {"shape": "1b"})
     (found,) = density.summary(cells, 500)
     assert (found["most"], found["first_not"]) == (4, 6)
     text = density.table(cells, 500)
