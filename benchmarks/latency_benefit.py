@@ -131,7 +131,6 @@ def run_system(
                         seed=args.seed + index,
                         shared=args.shared,
                         paging=paging_of(args, system),
-                        quiet_s=0.7 if args.tiny else SETTLE_S,
                     )
                     left.pop(0)
                     if report["dead"]:

@@ -73,7 +73,6 @@ def run_cell(
     seed: int,
     shared: float = 0.0,
     paging: Paging | None = None,
-    quiet_s: float = SETTLE_S,
 ) -> tuple[dict[str, Any], list[Run], Timeline]:
     """The cell's report, its requests, and memory until `SETTLE_S` after them."""
     before = fleet.preemptions()
@@ -115,7 +114,7 @@ def run_cell(
     if fleet.ledger is not None:
         report["ledger"] = {"idle": at_rest, "members": watch.report(), "after": watch.now()}
         if paging is not None:
-            report["footprint"] = _footprints(fleet, pattern, runs, timeline, paging, quiet_s)
+            report["footprint"] = _footprints(fleet, pattern, runs, timeline, paging)
     return report, runs, timeline
 
 
@@ -125,13 +124,14 @@ def _footprints(
     runs: Sequence[Run],
     timeline: Timeline,
     paging: Paging,
-    quiet_s: float,
 ) -> dict[str, Any]:
     """Of every model with a tail, once all but the tail has ended."""
     found = {}
     for server, arrivals, run in zip(fleet.servers, pattern.models, runs, strict=True):
-        at = quiet_moment(run.rows, quiet_s)
-        held = timeline.at(at).get(server.name) if at is not None else None
-        if at is not None and held is not None:
+        moment = quiet_moment(run.rows, SETTLE_S)
+        held = timeline.at(moment[0]).get(server.name) if moment else None
+        if moment and held:
+            at, settled = moment
             found[server.name] = footprint(arrivals, run.rows, held, paging, at)
+            found[server.name]["settled_s"] = round(settled, 2)
     return found

@@ -45,13 +45,17 @@ def live_tokens(arrivals: Sequence[Arrival], rows: Sequence[Sent], at: float) ->
     return found
 
 
-def quiet_moment(rows: Sequence[Sent], settle_s: float) -> float | None:
-    """`settle_s` after the last answer of the requests that are not in the tail, if those go on."""
+def quiet_moment(rows: Sequence[Sent], settle_s: float) -> tuple[float, float] | None:
+    """When all but the tail have ended and their memory had time to go, and how long it had.
+
+    `settle_s`, or less where the tail is too short for that; None where nothing goes on.
+    """
     short = [row.last for row in rows if row.phase == "short" and not row.error]
     tail = [row.last for row in rows if row.phase == "tail" and not row.error]
-    if not short or not tail or max(short) + settle_s >= max(tail):
+    if not short or not tail or max(short) >= max(tail):
         return None
-    return max(short) + settle_s
+    settled = min(settle_s, 0.8 * (max(tail) - max(short)))
+    return max(short) + settled, settled
 
 
 def footprint(

@@ -100,8 +100,9 @@ def test_the_packed_floor() -> None:
 def test_the_footprint_of_a_tail() -> None:
     arrivals = [Arrival(0, 100, 11, "short"), Arrival(0, 100, 101, "tail")]
     rows = [sent(1, 2, 11, "short"), sent(1, 11, 101, "tail")]
-    assert quiet_moment(rows, 4) == 6
-    assert quiet_moment(rows, 9) is None
+    assert quiet_moment(rows, 4) == (6, 4)
+    assert quiet_moment(rows, 9) == pytest.approx((9.2, 7.2))  # the tail is shorter
+    assert quiet_moment(rows[:1], 4) is None
     assert live_tokens(arrivals, rows, 0.5) == []
     assert live_tokens(arrivals, rows, 1.5) == [106, 106]
     assert live_tokens(arrivals, rows, 6) == [151]
