@@ -97,8 +97,8 @@ class Overhead:
         vocab = SHAPES["tiny" if args.tiny else args.shape].vocab
         todo = jobs(
             fleet, cell.pattern(), started.folder, vocab, drain_s,
-            # The same prompts for all systems, and others in every round.
-            seed=args.seed + number, concurrency=cell.concurrency, shared=args.shared,
+            # The same prompts for all systems and turns, and others in every round.
+            seed=args.seed + number % args.rounds, concurrency=cell.concurrency, shared=args.shared,
         )  # fmt: skip
         self.memory.take_peak()
         before = sum(fleet.preemptions())
