@@ -154,7 +154,9 @@ class Overhead:
             (self.apart if self.args.apart else self.together)()
         except Exception as error:
             kind = "not run" if isinstance(error, OutOfTime) else "failed"
-            self.note({"error": f"{kind}: {type(error).__name__}: {str(error)[-6000:]}"})
+            first, _, rest = str(error).partition("\n")
+            text = f"{kind}: {type(error).__name__}: {first}"
+            self.note({"error": text, "detail": rest[-6000:]})
             failed = True
         finally:
             self.memory.stop()

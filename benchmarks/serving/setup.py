@@ -105,15 +105,16 @@ def plan_for(
     """Of a system's servers; `turn` tells two starts of one system apart."""
     logs = (args.logs or args.out / "logs") / (re.sub("[:=]", "_", system.text) + turn)
     logs.mkdir(parents=True, exist_ok=True)
+    work = args.work.resolve()  # servers run elsewhere
     env = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    env |= compile_cache(args.work / "compiled")
+    env |= compile_cache(work / "compiled")
     if args.runner:
         env["VLLM_USE_V2_MODEL_RUNNER"] = "1" if args.runner == "v2" else "0"
     if args.tiny:
         env |= ENVIRONMENT | (TINY_SETTINGS if system.kind == "elastic" else {})
     return Plan(
         system,
-        make_model(args.work, "tiny" if args.tiny else args.shape),
+        make_model(work, "tiny" if args.tiny else args.shape),
         server_args(args, system),
         env,
         logs,
