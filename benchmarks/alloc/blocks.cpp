@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The block allocator and the ledger called from C++: a line of JSON for every measurement.
 //
-//     blocks DIRECTORY ROUNDS                    all of one process; counted under callgrind
-//     blocks contend DIRECTORY MEMBERS SECONDS   processes that lease and release at once
+//     blocks DIRECTORY ROUNDS                             all of one process; counted under
+//     callgrind blocks contend DIRECTORY MEMBERS SECONDS PAUSE_US   processes that lease and
+//     release
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -170,7 +171,7 @@ struct Shared {
   } each[64];
 };
 
-void contender(const std::string& path, int index, double for_s, Shared& shared) {
+void contender(const std::string& path, int index, double for_s, int pause_us, Shared& shared) {
   std::unique_ptr<kvc::Ledger> ledger;
   std::unique_ptr<kvc::Member> member;
   check(kvc::Ledger::open(path, std::nullopt, std::nullopt, ledger));
@@ -187,6 +188,7 @@ void contender(const std::string& path, int index, double for_s, Shared& shared)
     check(member->lease(kPage, granted));
     times.push_back(seconds(Clock::now() - begin));
     if (granted) check(member->release(kPage));
+    if (pause_us > 0) usleep(pause_us);
   }
   std::sort(times.begin(), times.end());
   shared.each[index] = {times.size(),
@@ -194,8 +196,9 @@ void contender(const std::string& path, int index, double for_s, Shared& shared)
                         times[times.size() / 2], times[times.size() * 99 / 100], times.back()};
 }
 
-void contend(const std::string& directory, int members, double for_s) {
-  const std::string path = directory + "/contended" + std::to_string(members);
+void contend(const std::string& directory, int members, double for_s, int pause_us) {
+  const std::string path =
+      directory + "/contended" + std::to_string(members) + "-" + std::to_string(pause_us);
   std::unique_ptr<kvc::Ledger> ledger;
   check(kvc::Ledger::open(path, int64_t{80} << 30, 0, ledger));
   auto* shared = static_cast<Shared*>(
@@ -204,7 +207,7 @@ void contend(const std::string& directory, int members, double for_s) {
   for (int i = 0; i < members; ++i) {
     const pid_t child = fork();
     if (child == 0) {
-      contender(path, i, for_s, *shared);
+      contender(path, i, for_s, pause_us, *shared);
       _exit(0);
     }
     children.push_back(child);
@@ -231,17 +234,17 @@ void contend(const std::string& directory, int members, double for_s) {
     most = std::max(most, one.max);
   }
   std::printf(
-      "{\"name\": \"contend %d\", \"pairs_per_s\": %.0f, \"lease_mean_s\": %.9f, "
+      "{\"name\": \"contend %d pause %d\", \"pairs_per_s\": %.0f, \"lease_mean_s\": %.9f, "
       "\"lease_worst_median_s\": %.9f, \"lease_worst_p99_s\": %.9f, \"lease_max_s\": %.9f}\n",
-      members, static_cast<double>(calls) / for_s, mean / static_cast<double>(calls), median, p99,
-      most);
+      members, pause_us, static_cast<double>(calls) / for_s, mean / static_cast<double>(calls),
+      median, p99, most);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc == 5 && std::string(argv[1]) == "contend") {
-    contend(argv[2], std::atoi(argv[3]), std::atof(argv[4]));
+  if (argc == 6 && std::string(argv[1]) == "contend") {
+    contend(argv[2], std::atoi(argv[3]), std::atof(argv[4]), std::atoi(argv[5]));
     return 0;
   }
   if (argc != 3) return 64;
