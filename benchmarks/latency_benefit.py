@@ -26,25 +26,24 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.gpu.tokens_and_throughput import DeviceMemory
+from benchmarks.serving import density
 from benchmarks.serving.cell import SETTLE_S, run_cell, warm_up
 from benchmarks.serving.client import Run
-from benchmarks.serving.fleet import Fleet, Plan, compile_cache, raise_file_limit, running
-from benchmarks.serving.model import SHAPES, make_model
+from benchmarks.serving.fleet import Fleet, raise_file_limit, running
+from benchmarks.serving.model import SHAPES
+from benchmarks.serving.observe import Timeline
 from benchmarks.serving.patterns import Lengths, Pattern, parse
 from benchmarks.serving.report import brief, table
-from benchmarks.serving.systems import STARTS, System
-from tests.support.engines import ENVIRONMENT
-
-TINY_ARGS = ["--dtype=float32", "--enforce-eager", "--kv-cache-memory-bytes=67108864"]
-TINY_SETTINGS = {
-    "KVCACHED_CAPACITY": "192MiB",
-    "KVCACHED_PAGE_SIZE": "256KiB",
-    "KVCACHED_PARKED_DECAY_MS": "500",
-}
-
-
-class OutOfTime(RuntimeError):
-    """The whole run's limit is reached."""
+from benchmarks.serving.setup import (
+    Clock,
+    OutOfTime,
+    add_options,
+    paging_of,
+    parse_system,
+    plan_for,
+    wait_for_memory,
+)
+from benchmarks.serving.systems import System
 
 
 class Results:
@@ -61,6 +60,14 @@ class Results:
         self.cells.append(report)
         self._append("cells.jsonl", report)
         print(brief(report), flush=True)
+        for name, member in report.get("ledger", {}).get("members", {}).items():
+            if "growth" in member:
+                print(f"  {name} while growing: {json.dumps(member['growth'])}", flush=True)
+        for name, found in report.get("footprint", {}).items():
+            print(f"  {name} with a tail: {json.dumps(found)}", flush=True)
+
+    def timeline(self, system: str, pattern: str, timeline: Timeline) -> None:
+        self._append("timeline.jsonl", {"system": system, "pattern": pattern, **timeline.as_json()})
 
     def requests(self, system: str, pattern: str, runs: list[Run]) -> None:
         rows = [
@@ -75,66 +82,8 @@ class Results:
             print(json.dumps(value), file=file)
 
 
-class Clock:
-    """How much of the limit is left."""
-
-    def __init__(self, limit_s: float) -> None:
-        self._begin = time.monotonic()
-        self._end = self._begin + limit_s
-
-    def left(self) -> float:
-        return self._end - time.monotonic()
-
-    def spent(self) -> float:
-        return round(time.monotonic() - self._begin, 1)
-
-
 def lengths_of(args: argparse.Namespace) -> Lengths:
     return Lengths(args.prompt, args.output, args.long_prompt, args.output)
-
-
-def server_args(args: argparse.Namespace, system: System) -> list[str]:
-    """The command line that all systems have, and the system's part of the GPU."""
-    common = [
-        f"--max-model-len={args.max_model_len}",
-        f"--stream-interval={args.stream_interval}",
-        "--load-format=dummy",
-        "--no-enable-prefix-caching",
-        "--disable-uvicorn-access-log",
-    ]
-    if args.tiny:
-        return [*common, *TINY_ARGS, *args.engine_args]
-    return [*common, "--dtype=bfloat16", *system.share(args.models), *args.engine_args]
-
-
-def plan_for(args: argparse.Namespace, system: System, folder: Path, left_s: float) -> Plan:
-    logs = (args.logs or args.out / "logs") / system.text.replace(":", "_").replace("=", "_")
-    logs.mkdir(parents=True, exist_ok=True)
-    env = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    env |= compile_cache(args.work / "compiled")
-    if args.runner:
-        env["VLLM_USE_V2_MODEL_RUNNER"] = "1" if args.runner == "v2" else "0"
-    if args.tiny:
-        env |= ENVIRONMENT | (TINY_SETTINGS if system.kind == "elastic" else {})
-    return Plan(
-        system,
-        make_model(args.work, "tiny" if args.tiny else args.shape),
-        server_args(args, system),
-        env,
-        logs,
-        folder / "ledger",
-        fixed=args.tiny,
-        deadline=time.monotonic() + min(args.start_limit, left_s),
-        start=args.start,
-    )
-
-
-def wait_for_memory(memory: DeviceMemory, results: Results, limit_s: float = 20.0) -> int:
-    """MiB in use once the servers of the system before have given theirs back."""
-    end = time.monotonic() + limit_s
-    while memory.used() >> 20 > results.empty_mib + 200 and time.monotonic() < end:
-        time.sleep(0.2)
-    return memory.used() >> 20
 
 
 def run_system(
@@ -148,6 +97,7 @@ def run_system(
     """All patterns on one system; what goes wrong becomes a cell with an `error`."""
     left = [pattern.name for pattern in patterns]
     base = {"system": system.text, "runner": args.runner, "started_at_s": clock.spent()}
+    base |= {"engines": args.models, "shape": args.shape, "prefix_cache": args.prefix_cache}
     fleet: Fleet | None = None
     try:
         with tempfile.TemporaryDirectory(prefix="kvcached-bench-") as name:
@@ -155,13 +105,13 @@ def run_system(
             plan = plan_for(args, system, folder, clock.left() - 30)
             if clock.left() < args.least_s:
                 raise OutOfTime(f"{clock.left():.0f} s left, a start needs {args.least_s:.0f}")
-            before = wait_for_memory(memory, results)
+            before = wait_for_memory(memory, results.empty_mib)
             with running(plan, args.models) as fleet:
                 base |= {"start_s": fleet.start_s, "start_retried": fleet.retried}
                 base["ready_at_s"] = clock.spent()
                 vocab = SHAPES["tiny" if args.tiny else args.shape].vocab
                 wanted = [(args.prompt, args.output)] * 5
-                if any(pattern.name.startswith("long") for pattern in patterns):
+                if any(pattern.name.startswith(("long", "grow")) for pattern in patterns):
                     wanted.append((args.long_prompt, 8))
                 warm_up(fleet, wanted, folder, vocab)
                 time.sleep(SETTLE_S)
@@ -171,7 +121,7 @@ def run_system(
                     if clock.left() < pattern.seconds + 15:
                         raise OutOfTime(f"{clock.left():.0f} s left")
                     drain_s = min(args.drain, clock.left() - pattern.seconds - 10)
-                    report, runs = run_cell(
+                    report, runs, timeline = run_cell(
                         fleet,
                         pattern,
                         folder,
@@ -179,11 +129,14 @@ def run_system(
                         vocab=vocab,
                         drain_s=drain_s,
                         seed=args.seed + index,
+                        shared=args.shared,
+                        paging=paging_of(args, system),
                     )
                     left.pop(0)
                     if report["dead"]:
                         report["tails"] = fleet.tails()
                     results.requests(system.text, pattern.name, runs)
+                    results.timeline(system.text, pattern.name, timeline)
                     results.cell(base | report)
                     if report["dead"]:
                         raise RuntimeError(f"{', '.join(report['dead'])} ended")
@@ -239,11 +192,10 @@ def compare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _system(text: str) -> System:
-    try:
-        return System.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def show_density(args: argparse.Namespace) -> int:
+    cells = [json.loads(line) for path in args.cells for line in path.read_text().splitlines()]
+    print(density.table(cells, args.objective))
+    return 0
 
 
 def main() -> int:
@@ -251,40 +203,29 @@ def main() -> int:
     commands = parser.add_subparsers(required=True)
     make = commands.add_parser("run", help="start systems and measure")
     make.set_defaults(function=run)
-    make.add_argument("--systems", nargs="+", type=_system, required=True)
+    make.add_argument("--systems", nargs="+", type=parse_system, required=True)
     make.add_argument("--patterns", nargs="+", default=["stag:24", "over:24", "stag:40", "long:24"])
     make.add_argument("--out", type=Path, default=Path("build/latency"))
-    make.add_argument("--logs", type=Path, help="of the servers; else in --out")
-    make.add_argument(
-        "--work",
-        type=Path,
-        default=Path(tempfile.gettempdir()) / "kvcached-bench",
-        help="models and compiled code, kept from run to run",
-    )
-    make.add_argument("--limit", type=float, default=3600, help="seconds for everything")
+    add_options(make)
     make.add_argument("--least-s", type=float, default=90, help="not started with less time left")
-    make.add_argument("--start-limit", type=float, default=300, help="seconds to start a system")
     make.add_argument("--models", type=int, default=3, help="servers")
-    make.add_argument("--shape", choices=[s for s in SHAPES if s != "tiny"], default="8b")
     make.add_argument("--runner", choices=("v1", "v2", ""), default="v1", help="model runner")
-    make.add_argument("--start", choices=STARTS, default="", help="else as the system needs")
     make.add_argument("--prompt", type=int, default=256)
     make.add_argument("--output", type=int, default=256)
     make.add_argument("--long-prompt", type=int, default=6144)
-    make.add_argument("--max-model-len", type=int, default=8192)
-    make.add_argument("--stream-interval", type=int, default=8)
     make.add_argument("--drain", type=float, default=90, help="wait so long for late answers")
     make.add_argument("--pause", type=float, default=6, help="seconds between two patterns")
-    make.add_argument("--seed", type=int, default=0)
     make.add_argument("--baseline", default="", help="of the ratios; else the first system")
-    make.add_argument("--engine-args", nargs="*", default=[], help="e.g. --max-num-seqs=256")
-    make.add_argument("--tiny", action="store_true", help="tiny models on the CPU, to try it")
     show = commands.add_parser("compare", help="print a table of cells that were measured")
     show.set_defaults(function=compare)
     show.add_argument("cells", nargs="+", type=Path)
     show.add_argument("--baseline", required=True)
     show.add_argument("--models", action="store_true", help="a line for every model, too")
     show.add_argument("--markdown", action="store_true")
+    many = commands.add_parser("density", help="how many engines met an objective")
+    many.set_defaults(function=show_density)
+    many.add_argument("cells", nargs="+", type=Path)
+    many.add_argument("--objective", type=float, default=500, help="TTFT in ms, 99th percentile")
     args = parser.parse_args()
     # Ended from outside, the servers must end as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

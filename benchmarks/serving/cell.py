@@ -12,7 +12,8 @@ from benchmarks.gpu.tokens_and_throughput import DeviceMemory
 from benchmarks.serving import stats
 from benchmarks.serving.client import Job, Run, play
 from benchmarks.serving.fleet import Fleet
-from benchmarks.serving.observe import LedgerWatch
+from benchmarks.serving.footprint import Paging, footprint, quiet_moment
+from benchmarks.serving.observe import LedgerWatch, Timeline
 from benchmarks.serving.patterns import Arrival, Pattern
 
 SETTLE_S = 4.0
@@ -21,7 +22,15 @@ _PREPARE_S = 20.0
 
 
 def jobs(
-    fleet: Fleet, pattern: Pattern, folder: Path, vocab: int, drain_s: float, seed: int
+    fleet: Fleet,
+    pattern: Pattern,
+    folder: Path,
+    vocab: int,
+    drain_s: float,
+    seed: int,
+    *,
+    concurrency: int = 0,
+    shared: float = 0.0,
 ) -> list[Job]:
     """One client for each server."""
     return [
@@ -33,6 +42,8 @@ def jobs(
             seed=seed * 1000 + i,
             vocab=vocab,
             drain_s=drain_s,
+            concurrency=concurrency,
+            shared=shared,
         )
         for i, (server, arrivals) in enumerate(zip(fleet.servers, pattern.models, strict=True))
     ]
@@ -60,17 +71,20 @@ def run_cell(
     vocab: int,
     drain_s: float,
     seed: int,
-) -> tuple[dict[str, Any], list[Run]]:
-    """The cell's report and its requests."""
+    shared: float = 0.0,
+    paging: Paging | None = None,
+) -> tuple[dict[str, Any], list[Run], Timeline]:
+    """The cell's report, its requests, and memory until `SETTLE_S` after them."""
     before = fleet.preemptions()
     idle = memory.used()
     memory.take_peak()
     limit_s = pattern.seconds + drain_s + _PREPARE_S
-    with LedgerWatch(fleet.ledger and fleet.ledger.resolve()) as watch:
+    with LedgerWatch(fleet.ledger and fleet.ledger.resolve(), memory.used) as watch:
         at_rest = watch.now()
-        runs = play(jobs(fleet, pattern, folder, vocab, drain_s, seed), limit_s)
-    peak = memory.take_peak()
-    time.sleep(SETTLE_S)
+        runs = play(jobs(fleet, pattern, folder, vocab, drain_s, seed, shared=shared), limit_s)
+        peak = memory.take_peak()
+        time.sleep(SETTLE_S)
+    timeline = watch.timeline.since(runs[0].begin)
     preemptions = [
         max(after - start, 0) for after, start in zip(fleet.preemptions(), before, strict=True)
     ]
@@ -99,4 +113,25 @@ def run_cell(
     }
     if fleet.ledger is not None:
         report["ledger"] = {"idle": at_rest, "members": watch.report(), "after": watch.now()}
-    return report, runs
+        if paging is not None:
+            report["footprint"] = _footprints(fleet, pattern, runs, timeline, paging)
+    return report, runs, timeline
+
+
+def _footprints(
+    fleet: Fleet,
+    pattern: Pattern,
+    runs: Sequence[Run],
+    timeline: Timeline,
+    paging: Paging,
+) -> dict[str, Any]:
+    """Of every model with a tail, once all but the tail has ended."""
+    found = {}
+    for server, arrivals, run in zip(fleet.servers, pattern.models, runs, strict=True):
+        moment = quiet_moment(run.rows, SETTLE_S)
+        held = timeline.at(moment[0]).get(server.name) if moment else None
+        if moment and held:
+            at, settled = moment
+            found[server.name] = footprint(arrivals, run.rows, held, paging, at)
+            found[server.name]["settled_s"] = round(settled, 2)
+    return found

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,10 @@ class Job:
     vocab: int = 128256
     drain_s: float = 120.0
     """How long after the last arrival answers may come."""
+    concurrency: int = 0
+    """At most so many requests at a time; the next is sent as one ends. 0: as they are due."""
+    shared: float = 0.0
+    """The part of each prompt, from its beginning, that all have in common."""
 
 
 @dataclass
@@ -62,11 +66,18 @@ class Sent:
 def bodies(job: Job) -> list[bytes]:
     """What is sent, made before the clock runs."""
     rng = random.Random(job.seed)
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(_FIRST_TOKEN, job.vocab) for _ in range(count)]
+
+    longest = max((arrival.prompt for arrival in job.arrivals), default=0)
+    common = tokens(int(longest * job.shared))
     made = []
     for arrival in job.arrivals:
+        same = common[: int(arrival.prompt * job.shared)]
         body = {
             "model": job.model,
-            "prompt": [rng.randrange(_FIRST_TOKEN, job.vocab) for _ in range(arrival.prompt)],
+            "prompt": same + tokens(arrival.prompt - len(same)),
             "max_tokens": arrival.output,
             "temperature": 0,
             "ignore_eos": True,
@@ -88,6 +99,7 @@ class Client:
         self.beats: list[float] = []
         """How late this process was, looked at every 10 ms."""
         self._bodies = bodies(job)
+        self._turns = asyncio.Semaphore(job.concurrency) if job.concurrency else None
 
     async def run(self, begin: float) -> None:
         """Everything; `begin` is when the first second starts."""
@@ -100,13 +112,24 @@ class Client:
                 wait = begin + arrival.at - time.perf_counter()
                 if wait > 0:
                     await asyncio.sleep(wait)
-                tasks.append(asyncio.create_task(self._one(session, row, body, begin, arrival)))
+                one = self._in_turn(session, row, body, begin, arrival)
+                tasks.append(asyncio.create_task(one))
             if tasks:
                 _, late = await asyncio.wait(tasks, timeout=self.job.drain_s)
                 for task in late:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
         heart.cancel()
+
+    async def _in_turn(
+        self, session: aiohttp.ClientSession, row: Sent, body: bytes, begin: float, arrival: Arrival
+    ) -> None:
+        try:
+            async with self._turns or nullcontext():
+                await self._one(session, row, body, begin, arrival)
+        except asyncio.CancelledError:
+            row.error = row.error or f"not sent {self.job.drain_s:.0f} s after the last one was due"
+            raise
 
     async def _one(
         self, session: aiohttp.ClientSession, row: Sent, body: bytes, begin: float, arrival: Arrival
@@ -148,6 +171,8 @@ class Run:
 
     rows: list[Sent]
     beats: list[float]
+    begin: float = 0.0
+    """`time.perf_counter()` at which the first second began."""
 
 
 class ClientProcess:
@@ -155,6 +180,7 @@ class ClientProcess:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self._begin = 0.0
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.serving.client"],
             cwd=_REPOSITORY,
@@ -176,6 +202,7 @@ class ClientProcess:
 
     def begin(self, at: float) -> None:
         """Lets it begin at that time."""
+        self._begin = at
         self._say(repr(at))
 
     def wait(self, timeout_s: float) -> Run:
@@ -188,7 +215,7 @@ class ClientProcess:
         if code:
             raise RuntimeError(f"the client of {self.job.url} ended with {code}")
         found: dict[str, Any] = json.loads(Path(self.job.out).read_text())
-        return Run([Sent(**row) for row in found["rows"]], found["beats"])
+        return Run([Sent(**row) for row in found["rows"]], found["beats"], self._begin)
 
     def kill(self) -> None:
         """Ends it, whatever it does."""

@@ -122,6 +122,8 @@ def running(plan: Plan, count: int) -> Iterator[Fleet]:
         fleet.env = env
         stack.callback(_stop_all, fleet.servers)
         for name in names(count):
+            # What it said in an earlier run is not what it says now.
+            (plan.logs / f"{name}.log").unlink(missing_ok=True)
             fleet.servers.append(_server(plan, name, env))
         _start(plan, fleet)
         if fleet.mps is not None:

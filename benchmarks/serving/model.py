@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.gpu.tokens_and_throughput import LLAMA_8B
@@ -19,7 +20,7 @@ LLAMA_1B = TinySpec(
     vocab=128256,
     max_len=16640,
 )
-SHAPES = {"8b": LLAMA_8B, "1b": LLAMA_1B, "tiny": LLAMA}
+SHAPES = {"8b": replace(LLAMA_8B, max_len=LLAMA_1B.max_len), "1b": LLAMA_1B, "tiny": LLAMA}
 
 
 def make_model(folder: Path, shape: str) -> Path:

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is seen of memory beside the requests: the ledger's members while a pattern runs."""
+"""What is seen of memory beside the requests: the device and the ledger while a pattern runs."""
 
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,9 @@ from kvcached_core import Ledger
 from kvcached_core._core import Histogram, MemberInfo
 
 _MIB = 1 << 20
+_SAMPLE_S = 0.05
+_GROWN = 0.95
+"""Of the most a member ever held: what comes after that is no growth at full speed."""
 
 
 def quantile_ms(counts: list[int], share: float) -> float | None:
@@ -42,14 +48,81 @@ def changes(before: MemberInfo, after: MemberInfo) -> dict[str, Any]:
     return {"counters": counters, "passed_over": passed_over, "times": times}
 
 
-class LedgerWatch:
-    """Samples the one ledger of a directory; nothing without one."""
+def exposed(growth: dict[str, Any]) -> dict[str, Any]:
+    """How much of the time that mapping took was seen by steps, of what `changes` returned."""
+    step, mapped = growth["times"].get("step"), growth["times"].get("map")
+    mapping_s = mapped["sum_s"] if mapped else 0.0
+    waited_s = step["sum_s"] if step else 0.0
+    return {
+        "steps": step["count"] if step else 0,
+        "step_p99_ms_at_most": step["p99_ms_at_most"] if step else None,
+        "step_mean_ms": round(waited_s * 1000 / step["count"], 4) if step else None,
+        "pages": growth["counters"]["commits"],
+        "mapping_ms": round(mapping_s * 1000, 3),
+        "waited_ms": round(waited_s * 1000, 3),
+        "hidden_share": round(max(1 - waited_s / mapping_s, 0.0), 4) if mapping_s else None,
+    }
 
-    def __init__(self, directory: Path | None) -> None:
+
+@dataclass(frozen=True)
+class Held:
+    """A member at one moment: bytes, and pages mapped and unmapped since it joined."""
+
+    committed: int
+    parked: int
+    cached: int
+    commits: int
+    decommits: int
+
+
+@dataclass
+class Timeline:
+    """The device and every member 20 times a second, times in seconds since the run began."""
+
+    rows: list[tuple[float, int, dict[str, Held]]] = field(default_factory=list)
+    """Time, bytes in use on the device, members by name."""
+
+    def since(self, begin: float) -> Timeline:
+        """With times since `begin`, a `time.perf_counter()` as the rows have."""
+        return Timeline([(t - begin, device, members) for t, device, members in self.rows])
+
+    def at(self, t: float) -> dict[str, Held]:
+        """The members at the last sample that is not later; the first one before all."""
+        found: dict[str, Held] = {}
+        for when, _, members in self.rows:
+            if when > t and found:
+                break
+            found = members
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        """For a file: MiB and counts, a row a sample."""
+        names = sorted({name for _, _, members in self.rows for name in members})
+        rows = []
+        for t, device, members in self.rows:
+            row: list[Any] = [round(t, 3), device // _MIB]
+            for name in names:
+                held = members.get(name)
+                sizes = (held.committed, held.parked, held.cached) if held else (0, 0, 0)
+                counts = [held.commits, held.decommits] if held else [0, 0]
+                row.append([*(round(size / _MIB, 2) for size in sizes), *counts])
+            rows.append(row)
+        columns = ["committed", "parked", "cached", "commits", "decommits"]
+        return {"names": names, "columns": columns, "rows": rows}
+
+
+class LedgerWatch:
+    """Samples the one ledger of a directory, and the device; nothing without them."""
+
+    def __init__(self, directory: Path | None, used: Callable[[], int] = lambda: 0) -> None:
         paths = [] if directory is None else sorted(directory.glob("*.ledger"))
         self._ledger = Ledger(paths[0]) if paths else None
+        self._used = used
+        self.timeline = Timeline()
         self._before: dict[str, MemberInfo] = {}
         self._most: dict[str, dict[str, int]] = {}
+        self._rising: dict[str, list[MemberInfo]] = {}
+        """Each member whenever it held more than ever before."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -57,11 +130,19 @@ class LedgerWatch:
         return {m.name: m for m in self._ledger.members()} if self._ledger else {}
 
     def _run(self) -> None:
-        while self._ledger and not self._stop.wait(0.01):
-            for name, member in self._members().items():
+        due = 0.0
+        while not self._stop.wait(0.01):
+            members = self._members()
+            for name, member in members.items():
                 most = self._most.setdefault(name, {"committed": 0, "leased": 0, "waiting": 0})
+                if member.committed > most["committed"]:
+                    self._rising.setdefault(name, []).append(member)
                 for key in most:
                     most[key] = max(most[key], getattr(member, key))
+            now = time.perf_counter()
+            if now >= due:
+                due = now + _SAMPLE_S
+                self.timeline.rows.append((now, self._used(), _held(members)))
 
     def __enter__(self) -> LedgerWatch:
         self._before = self._members()
@@ -103,4 +184,23 @@ class LedgerWatch:
                 "waiting_max": most.get("waiting", 0),
                 **(changes(self._before[name], member) if name in self._before else {}),
             }
+            growth = self._growth(name)
+            if growth is not None:
+                found[name]["growth"] = exposed(growth)
         return found
+
+    def _growth(self, name: str) -> dict[str, Any] | None:
+        """What a member gained until it held nearly all it ever did; None if it never grew."""
+        rising: Sequence[MemberInfo] = self._rising.get(name, [])
+        before = self._before.get(name)
+        if before is None or not rising or rising[-1].committed <= before.committed:
+            return None
+        enough = _GROWN * rising[-1].committed
+        return changes(before, next(m for m in rising if m.committed >= enough))
+
+
+def _held(members: dict[str, MemberInfo]) -> dict[str, Held]:
+    return {
+        name: Held(m.committed, m.parked, m.cached, m.counters["commits"], m.counters["decommits"])
+        for name, m in members.items()
+    }

@@ -5,10 +5,15 @@
 - `over:P`: the ramps of all but the last model start together; the last one has 1 a second.
 - `long:N`: N long prompts within a second, to one model after the other, and 1 short one a second.
 - `flat:R`: R requests a second to every model.
+- `burst:R`: each model now and then has R requests a second for 3 s, and else none.
+- `tail:N`: N requests within 2 s to one model after the other, whose answers end at very different
+  times: one in 16 goes on long after the others.
+- `grow:N`: N long prompts at once to the first model, the others have 1 a second.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +22,9 @@ STEP = 2
 SPACING = 2.25
 """From one staggered ramp to the next, in times that a ramp takes to its peak."""
 FLAT_S = 20
+BURST_S, BURST_EVERY_S, BURST_WINDOW_S = 3, 20, 60
+TAIL_S, TAIL_EACH, TAIL_TIMES, TAIL_SPACING_S = 2, 16, 12, 40
+GROW_S = 10
 LONG_FIRST_S, LONG_SPACING_S = 2, 12
 
 
@@ -38,7 +46,7 @@ class Arrival:
     prompt: int
     output: int
     phase: str
-    """What the pattern is about: `ramp`, `burst`, `flat`; or `rest`, which keeps models awake."""
+    """What the pattern is about: `ramp`, `burst`, ...; or `rest`, which keeps models awake."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,15 @@ def parse(text: str, models: int = 3, lengths: Lengths | None = None) -> Pattern
         ValueError: there is no such pattern.
     """
     kind, _, number = text.partition(":")
-    makers = {"stag": _staggered, "over": _overlapping, "long": _long, "flat": _flat}
+    makers = {
+        "stag": _staggered,
+        "over": _overlapping,
+        "long": _long,
+        "flat": _flat,
+        "burst": _bursts,
+        "tail": _tail,
+        "grow": _grow,
+    }
     if kind not in makers or not number.isdigit() or int(number) < 1:
         raise ValueError(f"{text!r} is no pattern: write e.g. stag:24, over:24, long:24 or flat:4")
     return Pattern(text, makers[kind](int(number), models, lengths or Lengths()))
@@ -124,3 +140,38 @@ def _long(count: int, models: int, lengths: Lengths) -> list[list[Arrival]]:
 
 def _flat(rate: int, models: int, lengths: Lengths) -> list[list[Arrival]]:
     return [_short(spread([rate] * FLAT_S, 0), "flat", lengths) for _ in range(models)]
+
+
+def _bursts(rate: int, models: int, lengths: Lengths) -> list[list[Arrival]]:
+    found = []
+    for i in range(models):
+        rng = random.Random(i)
+        rates = [0] * BURST_WINDOW_S
+        for start in range(0, BURST_WINDOW_S, BURST_EVERY_S):
+            at = start + rng.randrange(BURST_EVERY_S - BURST_S)
+            rates[at : at + BURST_S] = [rate] * BURST_S
+        found.append(_short(spread(rates, 0), "burst", lengths))
+    return found
+
+
+def _tail(count: int, models: int, lengths: Lengths) -> list[list[Arrival]]:
+    found = []
+    for i in range(models):
+        rng = random.Random(i)
+        per_second = [(count + second) // TAIL_S for second in range(TAIL_S)]
+        arrivals = []
+        for k, at in enumerate(spread(per_second, i * TAIL_SPACING_S)):
+            if k % TAIL_EACH == 0:
+                arrivals.append(Arrival(at, lengths.prompt, lengths.output * TAIL_TIMES, "tail"))
+            else:
+                output = rng.randrange(max(lengths.output // 16, 2), lengths.output * 2)
+                arrivals.append(Arrival(at, lengths.prompt, output, "short"))
+        found.append(arrivals)
+    return found
+
+
+def _grow(count: int, models: int, lengths: Lengths) -> list[list[Arrival]]:
+    # Answers long enough that none ends before the last prompt is computed.
+    first = [Arrival(0.0, lengths.long_prompt, lengths.output, "grow") for _ in range(count)]
+    rest = [_short(spread([1] * GROW_S, 0), "rest", lengths) for _ in range(models - 1)]
+    return [first, *rest]

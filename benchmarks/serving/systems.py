@@ -90,7 +90,7 @@ class System:
         """The part of the GPU each server may take, where it is told at start."""
         if self.kind in ("static", "off"):
             # Three get 0.31 each: what is left over are their CUDA contexts.
-            return [f"--gpu-memory-utilization={int(93 / servers) / 100}"]
+            return [f"--gpu-memory-utilization={int(9300 / servers) / 10000}"]
         return []
 
 
