@@ -7,8 +7,6 @@ kernels run on a CPU: Triton's interpreter runs them, slowly.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -195,12 +193,3 @@ def test_an_idle_engine_gives_cached_states_to_a_neighbour(
         neighbour.leave()
     assert 0 < _member(ledger).cached < before.cached
     longer.check(burst(server, longer.prompts, longer.max_tokens))
-
-
-def test_states_lie_and_move_as_in_the_stock_pool(tmp_path: Path) -> None:
-    env = sglang_environment("patched", _environment("patched"))
-    (tmp_path / "ledger").mkdir(mode=0o700)
-    script = Path(__file__).parents[1] / "support" / "state_pool.py"
-    command = [sys.executable, str(script), str(tmp_path / "ledger")]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.endswith("equal\n"), done.stderr[-3000:]
