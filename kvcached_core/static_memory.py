@@ -28,6 +28,9 @@ class StaticMemory:
         reserved: bytes the framework's allocator holds now.
         process: bytes of this process on the device, or None if the driver does not say.
         publish: tells the ledger.
+        graphs: of ``registered``, what was reckoned for graphs that are captured after this. If the
+            allocator has not grown by as much then, the rest was somebody else's: an engine
+            reckons from what the whole device has left, and a neighbour may have been loading.
     """
 
     def __init__(
@@ -36,8 +39,11 @@ class StaticMemory:
         reserved: Callable[[], int],
         process: Callable[[], int | None],
         publish: Callable[[int], None],
+        graphs: int = 0,
     ) -> None:
         self._registered = registered
+        self._graphs = graphs
+        self._reserved_before = reserved() if graphs else 0
         self._reserved = reserved
         self._process = process
         self._publish = publish
@@ -60,14 +66,16 @@ class StaticMemory:
             total = self._process()
             outside = _CONTEXT_BYTES if total is None else total - reserved - committed
             self._beside = max(0, outside)
+            grown = max(0, reserved - self._reserved_before)
+            self._registered -= self._graphs - min(self._graphs, grown)
         held = max(self._registered, reserved) + self._beside
         if held != self._published:
             self._publish(held)
             self._published = held
 
 
-def follow_static(arena: WorkerArena, device: RankDevice) -> StaticMemory:
-    """Follows this process on ``device``, whose KV cache is ``arena``."""
+def follow_static(arena: WorkerArena, device: RankDevice, graphs: int = 0) -> StaticMemory:
+    """Follows this process on ``device``, whose KV cache is ``arena``; see `StaticMemory`."""
     usage = open_usage(device)
     # The engine has it loaded; the core itself does without.
     cuda = sys.modules["torch"].cuda
@@ -76,4 +84,5 @@ def follow_static(arena: WorkerArena, device: RankDevice) -> StaticMemory:
         lambda: int(cuda.memory_reserved()),
         lambda: None if usage is None else usage.process_bytes(os.getpid()),
         arena.set_static,
+        graphs,
     )

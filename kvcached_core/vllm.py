@@ -35,6 +35,9 @@ __all__ = [
     "standalone",
 ]
 
+_GRAPHS_AT_MOST = 20
+"""The part of a device that an engine's graphs take at most: a twentieth."""
+
 # Attention backends whose kernels find a block by the tensor's own stride. Others
 # assume that blocks are packed and would read their neighbours' bytes.
 _STRIDED_BACKENDS = frozenset(
@@ -115,14 +118,24 @@ class VllmWorker:
         self._arena: WorkerArena | None = None
         self._static: StaticMemory | None = None
         self.static_bytes = 0
+        """Weights and the profiled peak of activations."""
+        self.graph_bytes = 0
+        """What the engine reckons for the graphs it is yet to capture."""
+
+    @property
+    def _graphs(self) -> int:
+        # The engine multiplies by dozens what the whole device lost while it captured one, so a
+        # neighbour that loads meanwhile makes it many times the device.
+        return min(max(0, self.graph_bytes), self._backend.memory_info()[1] // _GRAPHS_AT_MOST)
 
     def virtual_bytes(self, limit: int, world_size: int = 1) -> int:
         """The KV bytes this rank may ever have: virtual, so it costs nothing to be generous.
 
         Args:
-            limit: what the engine would have reserved on an empty device.
+            limit: what the engine would have reserved on an empty device, but for its graphs.
             world_size: ranks that share the device's memory (host backend).
         """
+        limit -= self._graphs
         if self.kind == "host":
             limit = min(limit, self.config.capacity // world_size)
         if self.config.max_kv is not None:
@@ -130,12 +143,12 @@ class VllmWorker:
         return limit
 
     def describe(self) -> RankDevice:
-        return describe(self._backend, self.kind, self.config, self.static_bytes)
+        return describe(self._backend, self.kind, self.config, self.static_bytes + self._graphs)
 
     def open_arena(self, binding: WorkerBinding) -> WorkerArena:
         self._arena = arena = WorkerArena(self._backend, binding)
         if self.kind != "host":
-            self._static = follow_static(arena, self.describe())
+            self._static = follow_static(arena, self.describe(), self._graphs)
         return arena
 
     def check_backends(self, names: Iterable[str]) -> None:

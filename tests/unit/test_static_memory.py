@@ -40,3 +40,18 @@ def test_the_larger_of_planned_and_held(
     clock[0] += 1
     static.refresh(committed=9 * GIB)
     assert len(told) == count  # nothing new
+
+
+@pytest.mark.parametrize(
+    ("grown", "kept"), [(3 * GIB, 2 * GIB), (GIB, GIB), (0, 0)], ids=["more", "less", "nothing"]
+)
+def test_what_was_reckoned_for_graphs_is_theirs_or_a_neighbours(
+    clock: list[float], grown: int, kept: int
+) -> None:
+    reserved, told = [12 * GIB], []
+    static = StaticMemory(
+        18 * GIB, lambda: reserved[0], lambda: reserved[0], told.append, graphs=2 * GIB
+    )
+    reserved[0] += grown
+    static.refresh(committed=0)
+    assert (told or [18 * GIB])[-1] == 16 * GIB + kept

@@ -177,6 +177,16 @@ def test_the_virtual_size_has_three_bounds(tmp_path: Path) -> None:
     assert bounded.virtual_bytes(10 * PAGE) == 5 * PAGE
 
 
+@pytest.mark.parametrize("loading", [0, 1 << 60], ids=["alone", "beside a neighbour that loads"])
+def test_no_more_is_kept_for_graphs_than_they_can_take(tmp_path: Path, loading: int) -> None:
+    worker = VllmWorker(vllm_config(tmp_path), None)
+    total = 64 * PAGE
+    worker.static_bytes, worker.graph_bytes = 5 * PAGE, 2 * PAGE + loading
+    kept = total // 20 if loading else 2 * PAGE
+    assert worker.describe().static_bytes == 5 * PAGE + kept
+    assert worker.virtual_bytes(30 * PAGE) == 30 * PAGE - kept
+
+
 def test_a_step_without_a_list_is_the_engines_warm_up(tmp_path: Path) -> None:
     config, rank = vllm_config(tmp_path), kv_cache_config()
     worker = VllmWorker(config, None)
