@@ -19,25 +19,10 @@ from typing import Any
 # Last, so that an installed kvcached_core is found before this repository's sources.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.plot_memory import FAINT, INK
+from benchmarks.plot_memory import INK, pyplot
 from benchmarks.serving.report import main_phase
 
 COLORS = ("#3b6ea5", "#d98032", "#5a9367", "#a3485a", "#7a6fac", "#8c8c8c")
-
-
-def pyplot() -> Any:
-    """Matplotlib, set up for files."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({
-        "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK,
-        "xtick.color": INK, "ytick.color": INK, "svg.hashsalt": "kvcached",
-    })  # fmt: skip
-    return plt
 
 
 def values(cells: Sequence[dict[str, Any]], key: str) -> dict[str, dict[str, float]]:

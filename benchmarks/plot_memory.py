@@ -15,8 +15,8 @@ COLORS = ("#3b6ea5", "#d98032")
 INK, FAINT = "#333333", "#999999"
 
 
-def draw(recording: dict[str, Any]) -> Any:
-    """The figure of one recording."""
+def pyplot() -> Any:
+    """Matplotlib, set up for files."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -27,6 +27,12 @@ def draw(recording: dict[str, Any]) -> Any:
         "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK,
         "xtick.color": INK, "ytick.color": INK, "svg.hashsalt": "kvcached",
     })  # fmt: skip
+    return plt
+
+
+def draw(recording: dict[str, Any]) -> Any:
+    """The figure of one recording."""
+    plt = pyplot()
     rows, names = recording["samples"], recording["servers"]
     capacity = recording["capacity"]
     unit, scale = ("GiB", 1 << 30) if capacity >= 4 << 30 else ("MiB", 1 << 20)

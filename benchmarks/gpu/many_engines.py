@@ -32,7 +32,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 from benchmarks.gpu.tokens_and_throughput import LLAMA_8B
 from kvcached_core import Ledger
 from tests.support.prompts import equal_prompts
-from tests.support.server import Server, burst, burst_async
+from tests.support.server import HttpServer, Server, burst, burst_async
 from tests.support.tiny_model import LLAMA, make_tiny_model
 
 GIB = 1 << 30
@@ -78,6 +78,18 @@ class Sampler:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+
+
+def came_up(server: HttpServer) -> bool:
+    """Starts a server and waits until it answers; says how long that took, or why it did not."""
+    begin = time.monotonic()
+    try:
+        server.start().wait_ready(timeout_s=200)
+    except RuntimeError as error:
+        print(error)
+        return False
+    print(f"{server.name} ready after {time.monotonic() - begin:.1f} s", flush=True)
+    return True
 
 
 def member(ledger: Ledger, name: str) -> Any:
@@ -243,13 +255,8 @@ def main() -> int:
             server = Server(name, model, folder, options + size, env, fixed=args.tiny)
             stack.callback(server.stop)
             servers[name] = server
-            begin = time.monotonic()
-            try:
-                server.start().wait_ready(timeout_s=200)
-            except RuntimeError as error:
-                print(error)
+            if not came_up(server):
                 return 1
-            print(f"{name} ready after {time.monotonic() - begin:.1f} s", flush=True)
         (path,) = (folder / "ledger").glob("*.ledger")
         ledger = Ledger(path)
         print({m.name: (m.static_bytes >> 20, m.leased >> 20) for m in ledger.members()})

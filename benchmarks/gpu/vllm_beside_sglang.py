@@ -24,7 +24,7 @@ from typing import Any
 # Last, so that an installed kvcached_core is found before this repository's sources.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.gpu.many_engines import Sampler
+from benchmarks.gpu.many_engines import Sampler, came_up
 from benchmarks.gpu.tokens_and_throughput import LLAMA_8B, DeviceMemory
 from kvcached_core import Ledger
 from tests.support.prompts import equal_prompts
@@ -114,13 +114,8 @@ def main() -> int:
         }
         for server in servers.values():
             stack.callback(server.stop)
-            begin = time.monotonic()
-            try:
-                server.start().wait_ready(timeout_s=200)
-            except RuntimeError as error:
-                print(error)
+            if not came_up(server):
                 return 1
-            print(f"{server.name} ready after {time.monotonic() - begin:.1f} s", flush=True)
         (path,) = (folder / "ledger").glob("*.ledger")
         report["idle_device_mib"] = memory.used() >> 20
         report["available_mib"] = Ledger(path).available() >> 20
