@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("aiohttp", reason="the benchmarks' client, which engines bring")
-pytest.importorskip("numpy")
+pytest.importorskip("numpy", reason="the benchmarks' percentiles")
 
 from benchmarks.serving import patterns, report, stats
 from benchmarks.serving.client import Job, Run, Sent, bodies, play

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("aiohttp", reason="the benchmarks' client, which engines bring")
-pytest.importorskip("numpy")
+pytest.importorskip("numpy", reason="the benchmarks' percentiles")
 
 from benchmarks.serving import closed_loop, density, patterns
 from benchmarks.serving.client import Run, Sent

@@ -17,9 +17,9 @@
 
 namespace kvc {
 
-// The driver does one thing at a time, so a long decommit holds up whoever launches kernels
-// meanwhile. It is done in pieces of `pages`, with a rest after each that is `rest` times as long
-// as the piece took; without rests while somebody waits for it, or `hurry` says so.
+// A long decommit is done in pieces of `pages`, since a piece holds the arena's lock, with a rest
+// after each that is `rest` times as long as the piece took: else a commit on another thread could
+// wait for piece after piece. Without rests while somebody waits for it, or `hurry` says so.
 struct Pace {
   std::int64_t pages = 4;
   int rest = 3;
