@@ -31,7 +31,7 @@ GAUGES = {
 
 TIMES = {
     "map": "Time of one commit of pages, in the foreground or in the background.",
-    "step": "Time one step waited for its memory.",
+    "step": "Time one step waited for its memory with nothing of the engine's on the device.",
     "wait": "Time from a shortage of memory until its requests could run.",
     "reclaim": "Time from another engine's claim until the bytes were given back.",
 }

@@ -16,6 +16,7 @@ from typing import Any
 from ._core import BlockAllocator
 from .accounts import Account, Accounts
 from .demand import Demand, Request
+from .forecast import Forecast
 from .free_queue import BlockList, ElasticFreeQueue
 from .metrics import HISTOGRAMS, HistogramFeed
 from .orders import Orders
@@ -45,7 +46,8 @@ class ElasticScheduler:
         accounts: this engine's memberships.
         parked_bytes: what an idle engine keeps mapped, in bytes of the first shape; of every pool
             an equal part.
-        ahead_bytes: what a growing engine keeps committed ahead, likewise.
+        ahead_bytes: what a growing engine keeps committed ahead at least, likewise; with 0 it keeps
+            nothing.
         decay_s: how long pages beyond ``parked_bytes`` stay unused first.
         usages: driver totals for accounts that sit on a GPU, or None.
         block_tokens: tokens one block holds for every KV group, to size demand by.
@@ -106,6 +108,9 @@ class ElasticScheduler:
         """Whether others wait for memory in this pass."""
         self._settling = False
         self._watcher: Watcher | None = None
+        self._running: Sequence[Request] = ()
+        self._waiting: Sequence[Request] = ()
+        self._forecasts: list[Forecast] = []
         self._demand = Demand(self.accounts, self.pools)
         self._orders = Orders(self.accounts)
         self.refresh_usage(force=True)
@@ -153,6 +158,7 @@ class ElasticScheduler:
         if not pool.accounts.wait_for(pool.committed_pages(), self._start_wait_s):
             raise MemoryError("not even the null block's page can be leased")
         self.pools.append(pool)
+        self._forecasts.append(Forecast(pool))
         for account, pinned in zip(self.accounts, self.pools.committed(), strict=True):
             account.member.set_pinned(pinned)
         return pool
@@ -238,6 +244,7 @@ class ElasticScheduler:
             How many running requests, from the end, the engine must preempt now.
         """
         self._passes += 1
+        self._running, self._waiting = running, waiting
         self._demand.begin(waiting)
         self.accounts.touch()
         unit = self.pools.unit
@@ -352,7 +359,6 @@ class ElasticScheduler:
             if pool.cache is not None and pool.num_cached > bound:
                 self._note("keep", bound, index)
                 pool.cache.evict_down_to(bound)
-        grew = [bool(pool.commit) for pool in self.pools]
         # What preempted requests left, then what nobody has used for long.
         self._give_owed()
         now = time.monotonic()
@@ -364,8 +370,9 @@ class ElasticScheduler:
         ops: list[StepOps] = []
         for index, pool in enumerate(self.pools):
             commit, pool.commit = pool.commit, []
-            if grew[index] and not gave and not short:
-                self._commit_ahead(index)
+            self._forecasts[index].observe()
+            if not gave and not short:
+                self._commit_ahead(index, needed[index], mapping=bool(commit))
             ahead, pool.commit = pool.commit, []
             ops.append(StepOps(commit, ahead, pool.decommit))
             pool.decommit = []
@@ -377,12 +384,17 @@ class ElasticScheduler:
     def _parked_pages(self, pool: Pool) -> int:
         return pool.pages_in(self._parked_bytes // len(self.pools))
 
-    def _commit_ahead(self, index: int) -> None:
+    def _commit_ahead(self, index: int, needed: int, mapping: bool) -> None:
+        """Commit what later passes will take, but for the ``needed`` blocks of this one."""
         pool = self.pools[index]
-        missing = pool.blocks_in(self._ahead_bytes // len(self.pools)) - pool.allocator.num_clean
-        # Never take the last bytes for a guess: others may need them now.
-        if missing > 0 and self.growable_blocks(index) >= 4 * missing:
-            self.grow(missing, index)
+        least = pool.blocks_in(self._ahead_bytes // len(self.pools))
+        spare = max(0, pool.allocator.num_clean - needed)
+        wanted = self._forecasts[index].wanted(least, spare, mapping, self._running, self._waiting)
+        for missing in (wanted - spare, least - spare):
+            # Never take the last bytes for a guess: others may need them now.
+            if wanted and 0 < 4 * missing <= self.growable_blocks(index):
+                self.grow(missing, index)
+                break
 
     def _bytes_asked(self) -> tuple[int, int]:
         """What the ledgers ask for: unused memory, and some that running requests hold."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ._core import Backend
@@ -146,10 +147,16 @@ class VllmWorker:
         return describe(self._backend, self.kind, self.config, self.static_bytes + self._graphs)
 
     def open_arena(self, binding: WorkerBinding) -> WorkerArena:
-        self._arena = arena = WorkerArena(self._backend, binding)
+        self._arena = arena = WorkerArena(self._backend, binding, self._computing())
         if self.kind != "host":
             self._static = follow_static(arena, self.describe(), self._graphs)
         return arena
+
+    def _computing(self) -> Callable[[], bool] | None:
+        if self.kind == "host":
+            return None
+        cuda = sys.modules["torch"].cuda
+        return lambda: not cuda.current_stream().query()
 
     def check_backends(self, names: Iterable[str]) -> None:
         """Refuse attention backends that ignore the block stride.

@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ._core import Arena, Backend, Geometry, Ledger, Mapper, PagePool
 from .accounts import Account, Accounts
 from .plan import BlockRanges, StepOps, WorkerBinding
+
+_WAIT_S = 20e-6
+"""A step that took less to get its memory did not wait for any."""
 
 
 class WorkerArena:
@@ -20,12 +24,19 @@ class WorkerArena:
     Args:
         backend: the device's memory.
         binding: what the scheduler half decided for this rank.
+        is_computing: whether the device still has work of this engine's earlier steps, behind which
+            a wait for memory is hidden; None if it never has.
 
     Raises:
         VmmError: the driver refused, or the member is gone from the ledger.
     """
 
-    def __init__(self, backend: Backend, binding: WorkerBinding) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        binding: WorkerBinding,
+        is_computing: Callable[[], bool] | None = None,
+    ) -> None:
         shape = binding.shape
         self.binding = binding
         self._backend = backend
@@ -39,6 +50,7 @@ class WorkerArena:
         self._pool = PagePool(backend, shape.page_bytes, 0, on_change=self._member)
         self._arena = Arena(backend, self._pool, self._geometry, binding.zero_recycled)
         self._mapper = Mapper(self._arena, binding.retry_ms, on_freed=self._member)
+        self._is_computing = is_computing
         self._warm: BlockRanges = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WorkerArena:
@@ -91,12 +103,18 @@ class WorkerArena:
             self._mapper.commit_now(ops.commit)
         else:
             self._mapper.wait_commits()
-        # What the step waited for its memory; mapping in the background does not count.
-        self._member.time("step", time.perf_counter() - begin)
+        self._member.time("step", self._exposed(time.perf_counter() - begin))
         if ops.commit_ahead:
             self._mapper.commit_ahead(ops.commit_ahead)
         if ops.decommit:
             self._mapper.decommit_later(ops.decommit)
+
+    def _exposed(self, waited_s: float) -> float:
+        """What of the step's wait for memory the device may have been idle."""
+        # Still at work, it has been so all the time. Asking is worth it for a wait only.
+        if waited_s < _WAIT_S or self._is_computing is None or not self._is_computing():
+            return waited_s
+        return 0.0
 
     def warm_up(self, block_ids: set[int]) -> None:
         """Back blocks for the engine's own warm-up, before any scheduler exists.

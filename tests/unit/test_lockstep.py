@@ -214,10 +214,10 @@ def test_one_rank_has_nobody_to_tell(ledger: Ledger) -> None:
 def test_pages_for_growth_to_come_are_committed_on_every_rank(ledger: Ledger) -> None:
     group = make(ledger, ahead_bytes=4 * PAGE)
     ops = group.plan(load(1))
-    assert ids(ops.commit) == {1, 2, 3, 4}
-    assert group.order.acts == (("grow", 1, 0), ("grow", 3, 0))
-    group.take(4)
-    assert ids(group.plan(load(6)).commit) == set(range(5, 11))
+    assert ids(ops.commit) == {1, 2, 3, 4, 5}
+    assert group.order.acts == (("grow", 1, 0), ("grow", 4, 0))
+    group.take(5)
+    assert ids(group.plan(load(6)).commit) == set(range(6, 16))
 
 
 def test_it_takes_what_there_is_and_posts_the_rest(ledger: Ledger) -> None:

@@ -82,6 +82,25 @@ def test_what_is_committed_ahead_is_there_before_the_next_step(rank: Rank) -> No
     rank.check()
 
 
+@pytest.mark.parametrize("computing", [False, True])
+def test_a_wait_behind_the_devices_own_work_is_hidden(rank: Rank, computing: bool) -> None:
+    assert rank.member.lease(8 * PAGE)
+    asked = []
+
+    def is_computing() -> bool:
+        asked.append(rank.arena.committed_bytes)
+        return computing
+
+    rank.arena._is_computing = is_computing
+    rank.arena.apply(StepOps([], [], []))
+    assert not asked  # there was nothing to wait for
+    before = rank.member.info().histograms["step"].sum_s
+    rank.arena.apply(StepOps([(1, 9)], [], []))
+    assert asked == [9 * PAGE]  # once it was there
+    waited_s = rank.member.info().histograms["step"].sum_s - before
+    assert waited_s == 0 if computing else waited_s >= 20e-6
+
+
 def test_a_block_given_up_can_come_back_at_once(rank: Rank) -> None:
     assert rank.member.lease(2 * PAGE)
     rank.arena.apply(StepOps([(1, 3)], [], []))
