@@ -263,6 +263,11 @@ class BlockAllocator:
     def allocate(self, n: int) -> list[int]:
         """Make ``n`` clean blocks live, those on the fullest pages first."""
 
+    def allocate_beside(self, n: int, beside: int) -> list[int]:
+        """As :meth:`allocate`, but first on the page of the live block ``beside`` (0: of none) and
+        then on pages with no live block.
+        """
+
     def free(self, blocks: list[int]) -> None:
         """Make live blocks clean, all or none; ``blocks[0]`` is the first to be reused."""
 
@@ -293,6 +298,9 @@ class BlockAllocator:
     def geometries(self) -> list[Geometry]: ...
     def committed_pages(self, geometry: int = 0) -> int:
         """Committed page indices of a geometry."""
+
+    def clean_beside(self, block: int) -> int:
+        """Clean blocks on the page that is home to a block."""
 
     def live_on_page(self, page: int) -> int:
         """Live blocks that touch a primary page."""

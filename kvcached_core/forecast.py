@@ -14,19 +14,25 @@ _LOOK_AT_MOST = 64
 
 
 class Forecast:
-    """Follows how fast the live blocks of one pool grow, pass by pass."""
+    """Follows how fast what is in use of one pool grows, pass by pass."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._live = pool.allocator.num_live
+        self._used = self._used_now()
         self._grew = 0
         self._most = 0
         """Blocks by which a pass grew lately: the most, forgotten by an eighth a pass."""
 
-    def observe(self) -> None:
-        """A pass has taken its blocks."""
-        live = self._pool.allocator.num_live
-        self._grew, self._live = max(0, live - self._live), live
+    def _used_now(self) -> tuple[int, int]:
+        """Blocks in use, and those of the pages in use: nobody else has them for the time being."""
+        pool = self._pool
+        pages = pool.allocator.committed_pages(0) - pool.allocator.parked_pages
+        return pool.allocator.num_live, pages * pool.blocks_per_page
+
+    def observe(self, apart: bool) -> None:
+        """A pass has taken its blocks, on pages that belong to one request each or not."""
+        before, self._used = self._used, self._used_now()
+        self._grew = max(0, self._used[apart] - before[apart])
         self._most = max(self._grew, self._most * 7 // 8)
 
     def wanted(

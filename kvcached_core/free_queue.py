@@ -145,12 +145,19 @@ class ElasticFreeQueue:
             raise ValueError("No free blocks available")
         return self.popleft_n(1)[0]
 
-    def popleft_n(self, n: int) -> list[Any]:
+    def popleft_n(self, n: int, beside: int = 0) -> list[Any]:
+        """Take ``n`` blocks, those of one request beside the one it took last (0: none)."""
+        if self._scheduler.apart:
+            self._scheduler.grow_apart(n, beside)
         if n > self._allocator.num_clean:
             self._scheduler.grow(n - self._allocator.num_clean)
         take = min(n, self._allocator.num_clean)
         blocks = self._blocks
-        taken = [blocks[block_id] for block_id in self._allocator.allocate(take)]
+        if self._scheduler.apart:
+            ids = self._allocator.allocate_beside(take, beside)
+        else:
+            ids = self._allocator.allocate(take)
+        taken = [blocks[block_id] for block_id in ids]
         if take < n:
             taken += self._cached.popleft_n(n - take)
         return taken

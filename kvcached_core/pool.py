@@ -109,6 +109,11 @@ class Pool:
         left = [all_ - now for all_, now in zip(self.total_pages, committed, strict=True)]
         return self.accounts.affordable_blocks(uncommitted, left, reserved)
 
+    @property
+    def apart_blocks(self) -> int:
+        """Clean blocks on pages with no live block, about: a request has such a page for itself."""
+        return self.allocator.parked_pages * self.blocks_per_page
+
     # -- sizes ----------------------------------------------------------------
 
     def blocks_of(self, tokens: int) -> int:

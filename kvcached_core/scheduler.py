@@ -31,6 +31,8 @@ __all__ = ["CachedBlocks", "ElasticScheduler", "Pool", "geometry_of"]
 _USAGE_PERIOD_S = 0.1
 _STARVED_PAUSE_MS = 2
 """How long an engine that could run nothing for want of memory waits for some."""
+_APART_PART = 3
+"""Requests have pages of their own while a third of what an engine holds could be had besides."""
 _PREEMPTION_PAUSE = 3
 """Passes from one preemption for others to the next: its blocks may come back late."""
 
@@ -106,6 +108,10 @@ class ElasticScheduler:
         self._preempted_in = -_PREEMPTION_PAUSE
         self.contended = False
         """Whether others wait for memory in this pass."""
+        self.apart = False
+        """Whether memory is so plentiful in this pass that no two requests share a page: then all
+        pages of a request are empty when it ends, however long its neighbours go on."""
+        self._may_keep_apart = False
         self._settling = False
         self._watcher: Watcher | None = None
         self._running: Sequence[Request] = ()
@@ -187,6 +193,7 @@ class ElasticScheduler:
         """Make the engine's free queue; called once, by its block pool."""
         queue = ElasticFreeQueue(self, blocks, cached, evict)
         self.queue = queue
+        self._may_keep_apart = self.blocks_per_page > 1
         return queue
 
     # -- growing --------------------------------------------------------------
@@ -221,6 +228,13 @@ class ElasticScheduler:
         self.counters["committed_pages"] += sum(growth.page_delta)
         self.pools[pool].commit += growth.ranges
         return growth.num_blocks
+
+    def grow_apart(self, num_blocks: int, beside: int) -> None:
+        """Have so many blocks on the page of the block ``beside`` and on pages of no request."""
+        pool = self.pools[0]
+        room = pool.apart_blocks + (pool.allocator.clean_beside(beside) if beside else 0)
+        if num_blocks > room:
+            self.grow(num_blocks - room)
 
     def _note(self, act: str, amount: int, pool: int) -> None:
         if self.journal is not None:
@@ -277,6 +291,11 @@ class ElasticScheduler:
             self.counters["reclaim_steps"] += 1
             self._evict_for(max(asked, trimmed if with_cache else 0))
             self._give_owed()
+        self.apart = (
+            self._may_keep_apart
+            and not self.contended
+            and _APART_PART * self.growable_blocks() >= self.allocator.num_live
+        )
         return preempt
 
     def _evict_for(self, num_bytes: int) -> None:
@@ -370,7 +389,7 @@ class ElasticScheduler:
         ops: list[StepOps] = []
         for index, pool in enumerate(self.pools):
             commit, pool.commit = pool.commit, []
-            self._forecasts[index].observe()
+            self._forecasts[index].observe(self.apart)
             if not gave and not short:
                 self._commit_ahead(index, needed[index], mapping=bool(commit))
             ahead, pool.commit = pool.commit, []
@@ -388,7 +407,8 @@ class ElasticScheduler:
         """Commit what later passes will take, but for the ``needed`` blocks of this one."""
         pool = self.pools[index]
         least = pool.blocks_in(self._ahead_bytes // len(self.pools))
-        spare = max(0, pool.allocator.num_clean - needed)
+        clean = pool.apart_blocks if self.apart else pool.allocator.num_clean
+        spare = max(0, clean - needed)
         wanted = self._forecasts[index].wanted(least, spare, mapping, self._running, self._waiting)
         for missing in (wanted - spare, least - spare):
             # Never take the last bytes for a guess: others may need them now.

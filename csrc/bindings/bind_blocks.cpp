@@ -150,6 +150,16 @@ void bind_blocks(nb::module_& m) {
           },
           "n"_a, "Make n clean blocks live, those on the fullest pages first.")
       .def(
+          "allocate_beside",
+          [](BlockAllocator& self, int64_t n, int64_t beside) {
+            std::vector<int32_t> out;
+            check(self.allocate_beside(n, beside, out));
+            return out;
+          },
+          "n"_a, "beside"_a,
+          "As allocate, but on the page of the live block beside (0: none) and on empty pages "
+          "first.")
+      .def(
           "free",
           [](BlockAllocator& self, const std::vector<int32_t>& blocks) {
             check(self.free(blocks));
@@ -206,6 +216,13 @@ void bind_blocks(nb::module_& m) {
             return self.maps()[geometry].committed_pages();
           },
           "geometry"_a = 0, "Committed page indices of a geometry.")
+      .def(
+          "clean_beside",
+          [](const BlockAllocator& self, int64_t block) {
+            in_range(block, self.num_blocks(), "block");
+            return self.clean_beside(block);
+          },
+          "block"_a, "Clean blocks on the page that is home to a block.")
       .def(
           "live_on_page",
           [](const BlockAllocator& self, int64_t page) {

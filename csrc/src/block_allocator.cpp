@@ -204,27 +204,55 @@ void BlockAllocator::decommit(BlockRange blocks, std::vector<int64_t>& page_delt
 
 // -- handing out ----------------------------------------------------------------------------------
 
-Status BlockAllocator::allocate(int64_t n, std::vector<int32_t>& blocks) {
+Status BlockAllocator::can_allocate(int64_t n) const {
   if (Status status = not_negative(n, "allocate: n"); !status.ok()) return status;
-  if (n > num_clean_) {
-    return invalid("allocate: " + std::to_string(n) + " blocks asked for, " +
-                   std::to_string(num_clean_) + " are clean; grow first");
+  if (n <= num_clean_) return {};
+  return invalid("allocate: " + std::to_string(n) + " blocks asked for, " +
+                 std::to_string(num_clean_) + " are clean; grow first");
+}
+
+Status BlockAllocator::allocate(int64_t n, std::vector<int32_t>& blocks) {
+  if (Status status = can_allocate(n); !status.ok()) return status;
+  blocks.reserve(blocks.size() + n);
+  // A page that is being filled stays the fullest, so take from it as much as it has.
+  while (n > 0) n -= take_from(buckets_.head(used_buckets_.last()), n, blocks);
+  return {};
+}
+
+Status BlockAllocator::allocate_beside(int64_t n, int64_t beside, std::vector<int32_t>& blocks) {
+  if (Status status = can_allocate(n); !status.ok()) return status;
+  if (beside < 0 || beside >= num_blocks()) {
+    return invalid("allocate: there is no block " + std::to_string(beside) + " to be beside");
   }
   blocks.reserve(blocks.size() + n);
+  if (beside != 0 && !clean_.empty(home(beside))) n -= take_from(home(beside), n, blocks);
   while (n > 0) {
-    // A page that is being filled stays the fullest, so take from it as much as it has.
-    const int32_t page = buckets_.head(used_buckets_.last());
-    leave_bucket(page);
-    for (; n > 0 && !clean_.empty(page); --n) {
-      const int32_t block = clean_.head(page);
-      clean_.remove(page, block);
-      make_live(block);
-      ++pages_[page].live_homed;
-      blocks.push_back(block);
-    }
-    if (!clean_.empty(page)) enter_bucket(page, true);
+    const int64_t bucket = buckets_.empty(0) ? used_buckets_.last() : 0;
+    n -= take_from(buckets_.head(bucket), n, blocks);
   }
   return {};
+}
+
+int64_t BlockAllocator::clean_beside(int64_t block) const {
+  int64_t count = 0;
+  const int32_t page = home(block);
+  for (int32_t i = clean_.head(page); i != IndexLists::kNone; i = clean_.next(i)) ++count;
+  return count;
+}
+
+// Up to n of a page's clean blocks, of which there is one at least; how many.
+int64_t BlockAllocator::take_from(int32_t page, int64_t n, std::vector<int32_t>& blocks) {
+  leave_bucket(page);
+  int64_t taken = 0;
+  for (; taken < n && !clean_.empty(page); ++taken) {
+    const int32_t block = clean_.head(page);
+    clean_.remove(page, block);
+    make_live(block);
+    ++pages_[page].live_homed;
+    blocks.push_back(block);
+  }
+  if (!clean_.empty(page)) enter_bucket(page, true);
+  return taken;
 }
 
 Status BlockAllocator::free(std::span<const int32_t> blocks) {

@@ -112,14 +112,25 @@ struct AllocatorModel {
     return out;
   }
 
-  int32_t allocate() {
-    const int32_t block = order().front();
+  int32_t allocate() { return take(order().front()); }
+
+  int32_t allocate_beside(int64_t beside) {
+    if (beside != 0 && !clean[home(beside)].empty()) return take(clean[home(beside)].front());
+    for (const int64_t page : recency) {
+      const bool used =
+          std::any_of(live.begin(), live.end(), [&](int64_t block) { return home(block) == page; });
+      if (!used) return take(clean[page].front());
+    }
+    return allocate();
+  }
+
+  int32_t take(int64_t block) {
     auto& list = clean[home(block)];
     list.erase(std::find(list.begin(), list.end(), block));
     std::erase(recency, home(block));
     if (!list.empty()) recency.insert(recency.begin(), home(block));
     live.insert(block);
-    return block;
+    return static_cast<int32_t>(block);
   }
 
   void free(int64_t block) {

@@ -75,7 +75,7 @@ void run_against_model(const std::vector<Geometry>& geometries, unsigned seed, i
   const auto below = [&](int64_t n) { return static_cast<int64_t>(random() % n); };
   for (int step = 0; step < steps; ++step) {
     const std::vector<int64_t> before = model.committed_pages();
-    switch (below(6)) {
+    switch (below(7)) {
       case 0: {
         const int64_t n = below(12);
         std::vector<int64_t> cost;
@@ -109,8 +109,24 @@ void run_against_model(const std::vector<Geometry>& geometries, unsigned seed, i
         REQUIRE(allocate(*a, n) == expected);
         break;
       }
-      case 3:
-      case 4: {
+      case 3: {
+        const int64_t n = below(std::min<int64_t>(a->num_clean(), 10) + 1);
+        const std::vector<int32_t> live(model.live.begin(), model.live.end());
+        int64_t beside = live[below(static_cast<int64_t>(live.size()))];
+        std::vector<int32_t> found;
+        REQUIRE(a->clean_beside(beside) ==
+                static_cast<int64_t>(model.clean[a->geometry().first_page(beside)].size()));
+        REQUIRE(a->allocate_beside(n, beside, found).ok());
+        std::vector<int32_t> expected;
+        for (int64_t i = 0; i < n; ++i) {
+          beside = model.allocate_beside(beside);
+          expected.push_back(static_cast<int32_t>(beside));
+        }
+        REQUIRE(found == expected);
+        break;
+      }
+      case 4:
+      case 5: {
         std::vector<int32_t> victims(model.live.begin(), model.live.end());
         victims.erase(victims.begin());  // the null block
         std::shuffle(victims.begin(), victims.end(), random);
@@ -167,6 +183,30 @@ TEST_CASE("the fullest page is filled first, so that others drain") {
   allocate(*a, 15);
   REQUIRE(a->free(std::vector<int32_t>{4, 5, 6, 8}).ok());  // page 1 has one live, page 2 three
   CHECK(allocate(*a, 2) == std::vector<int32_t>{8, 4});
+}
+
+TEST_CASE("what is taken beside a block lies on its page, and else alone") {
+  auto a = make({{1, 4, 20, 1}});
+  grow(*a, 19);
+  std::vector<int32_t> first;
+  REQUIRE(a->allocate_beside(2, 0, first).ok());
+  CHECK(first == std::vector<int32_t>{4, 5});  // not beside the null block
+  std::vector<int32_t> second;
+  REQUIRE(a->allocate_beside(1, 0, second).ok());
+  CHECK(second == std::vector<int32_t>{8});
+  REQUIRE(a->allocate_beside(3, first.back(), first).ok());
+  CHECK(first == std::vector<int32_t>{4, 5, 6, 7, 12});
+  REQUIRE(a->free(first).ok());
+  CHECK(a->live_on_page(1) == 0);
+  // Where no page is empty, the fullest.
+  allocate(*a, 11);
+  std::vector<int32_t> last;
+  REQUIRE(a->allocate_beside(1, 0, last).ok());
+  CHECK(a->num_clean() == 4);
+  CHECK(a->allocate_beside(5, 0, last).code == Code::invalid_argument);
+  CHECK(a->allocate_beside(1, 20, last).code == Code::invalid_argument);
+  CHECK(a->allocate_beside(1, -1, last).code == Code::invalid_argument);
+  CHECK(last.size() == 1);
 }
 
 TEST_CASE("growing sweeps in whatever costs nothing") {

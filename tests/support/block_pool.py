@@ -102,10 +102,10 @@ class Engine:
         block.block_hash = None
         self.evicted.append(block.block_id)
 
-    def take(self, n: int) -> list[Block] | None:
+    def take(self, n: int, beside: int = 0) -> list[Block] | None:
         if not self.queue.ensure(n):
             return None
-        taken = self.queue.popleft_n(n)
+        taken = self.queue.popleft_n(n, beside)
         for block in taken:
             if block.block_hash is not None:
                 self._evict(block)

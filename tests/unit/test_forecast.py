@@ -32,12 +32,14 @@ class Server:
         self.running: list[Request] = []
         self.waiting: list[Request] = []
 
-    def step(self, blocks: int, free: list[Block] | None = None) -> tuple[StepOps, list[Block]]:
+    def step(
+        self, blocks: int, free: list[Block] | None = None, beside: int = 0
+    ) -> tuple[StepOps, list[Block]]:
         """A pass that takes so many blocks after those of the last step's result came back."""
         if free:
             self.engine.free(free)
         self.engine.scheduler.begin_pass(self.running, self.waiting)
-        taken = self.engine.take(blocks)
+        taken = self.engine.take(blocks, beside)
         assert taken is not None
         return self.engine.scheduler.take_ops(), taken
 
@@ -66,9 +68,12 @@ def prefill(server: Server, prompts: int, tokens: int) -> list[StepOps]:
 
 
 def test_slow_growth_never_waits_for_memory_again(server: Server) -> None:
-    first, _ = server.step(1)
+    first, taken = server.step(1)
     assert blocks_of(first.commit) > 0
-    later = [server.step(1)[0] for _ in range(200)]
+    later = []
+    for _ in range(200):
+        ops, taken = server.step(1, beside=taken[-1].block_id)
+        later.append(ops)
     assert [ops.commit for ops in later] == [[]] * 200
     ahead = [blocks_of(ops.commit_ahead) for ops in later]
     assert 196 <= sum(ahead) <= 204

@@ -53,6 +53,10 @@ class BlockAllocator {
   // Appends n clean blocks to `blocks`, or fails and appends none. The page with most live blocks
   // first, so that the others drain; among equals the one used last, pages never used at the end.
   Status allocate(int64_t n, std::vector<int32_t>& blocks);
+  // The same, but each block on the page of the one before it, the first on that of `beside`
+  // (0 for none), or else on a page with no live block: what one request takes lies together, and
+  // its pages are empty when it ends, whatever goes on beside it. Without such a page as allocate.
+  Status allocate_beside(int64_t n, int64_t beside, std::vector<int32_t>& blocks);
   // All or nothing. Among blocks of equally full pages, blocks[0] is the first to be reused.
   Status free(std::span<const int32_t> blocks);
 
@@ -71,6 +75,8 @@ class BlockAllocator {
 
   const std::vector<PageMap>& maps() const { return maps_; }
   const Geometry& geometry() const { return maps_[0].geometry(); }
+  // Clean blocks on the page that is home to a block: what allocate_beside takes first.
+  int64_t clean_beside(int64_t block) const;
   // Live blocks that touch a primary page.
   int64_t live_on_page(int64_t page) const { return pages_[page].live; }
   // Every live block but the null block, ascending. O(blocks).
@@ -95,6 +101,8 @@ class BlockAllocator {
   bool costs_nothing(int64_t block, int64_t reach) const;
   void commit(BlockRange blocks, std::vector<int64_t>& page_delta);
   void decommit(BlockRange blocks, std::vector<int64_t>& page_delta);
+  Status can_allocate(int64_t n) const;
+  int64_t take_from(int32_t page, int64_t n, std::vector<int32_t>& blocks);
   void make_live(int32_t block);
   void make_free(int32_t block);
   void enter_bucket(int32_t page, bool at_front);
