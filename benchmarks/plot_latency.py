@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import math
 import sys
@@ -23,6 +24,12 @@ from benchmarks.plot_memory import INK, pyplot
 from benchmarks.serving.report import main_phase
 
 COLORS = ("#3b6ea5", "#d98032", "#5a9367", "#a3485a", "#7a6fac", "#8c8c8c")
+
+
+def lines(path: Path) -> list[str]:
+    """Of a file, packed or not."""
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return text.decode().splitlines()
 
 
 def values(cells: Sequence[dict[str, Any]], key: str) -> dict[str, dict[str, float]]:
@@ -120,7 +127,7 @@ def main() -> int:
     memory.add_argument("--system", required=True)
     memory.add_argument("--pattern", required=True)
     args = parser.parse_args()
-    rows = [json.loads(line) for path in args.files for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for path in args.files for line in lines(path)]
     if args.command == "ttft":
         for key, wanted in (("system", args.systems), ("pattern", args.patterns)):
             if wanted:
