@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gets a request answered by one of a model's replicas, trying another while nothing was sent."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import anyio
+import httpx
+
+from .errors import ApiError, unavailable
+from .gate import Ticket
+from .headers import RawHeaders
+from .metrics import Metrics
+from .model import Model
+from .prompt import Prompt
+from .replica import Replica
+from .settings import RouterSettings
+
+log = logging.getLogger(__name__)
+# The engine or what is before it says that it cannot serve now; another one might.
+_TRY_ANOTHER = frozenset((502, 503, 504))
+
+
+class Broken(Exception):
+    """An engine ended in the middle of its answer; part of it may have been passed on."""
+
+
+@dataclass(slots=True)
+class Call:
+    """A request that was read and is to be answered."""
+
+    path: str
+    headers: RawHeaders
+    prompt: Prompt
+    arrived: float = field(default_factory=time.monotonic)
+
+
+@dataclass(slots=True)
+class Answer:
+    """An answer of which the first bytes are there."""
+
+    replica: Replica
+    response: httpx.Response
+    first: bytes
+    rest: AsyncIterator[bytes]
+
+    async def chunks(self, stall_s: float) -> AsyncIterator[bytes]:
+        """The body as it came.
+
+        Raises:
+            Broken: the engine ended before the answer did, or paused for longer than ``stall_s``.
+        """
+        chunk = self.first
+        while chunk:
+            yield chunk
+            try:
+                with anyio.fail_after(stall_s):
+                    chunk = await anext(self.rest, b"")
+            except TimeoutError:
+                raise Broken(f"the engine sent nothing for {stall_s:g} s") from None
+            except httpx.HTTPError as error:
+                raise Broken(_reason(error)) from None
+
+
+@contextlib.asynccontextmanager
+async def answer(
+    model: Model, call: Call, settings: RouterSettings, metrics: Metrics
+) -> AsyncIterator[Answer]:
+    """The answer of a replica, which is freed with the end of the block, complete or not.
+
+    Raises:
+        ApiError: 503 if no replica can serve now, 502 if those that were tried broke down.
+    """
+    tried: list[Replica] = []
+    attempts = 1 + model.settings.retries
+    for attempt in range(1, attempts + 1):
+        async with contextlib.AsyncExitStack() as stack:
+            replica = await _turn(stack, model, call, tried, metrics)
+            tried.append(replica)
+            try:
+                found = await _ask(stack, replica, call)
+            except httpx.HTTPError as error:
+                reason = _reason(error)
+                certain = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+                replica.failed(reason, settings.health, certain=certain)
+                if attempt == attempts:
+                    raise _gave_up(model, reason) from None
+            else:
+                status = found.response.status_code
+                others = [r for r in model.replicas if r.available and r not in tried]
+                if attempt == attempts or status not in _TRY_ANOTHER or not others:
+                    if status not in _TRY_ANOTHER:
+                        replica.succeeded()
+                    yield found
+                    return
+                reason = f"status {status}"
+        metrics.retries.labels(model.name).inc()
+        log.warning("%s: %s: %s; trying again", model.name, replica.name, reason)
+
+
+async def _turn(
+    stack: contextlib.AsyncExitStack,
+    model: Model,
+    call: Call,
+    tried: list[Replica],
+    metrics: Metrics,
+) -> Replica:
+    """Wait until the model is awake and a replica has room, both of which the stack gives up."""
+    settings = model.settings
+    end = call.arrived + settings.queue.timeout
+    due = call.arrived + (settings.ttft or settings.queue.timeout)
+    work = call.prompt.tokens / settings.prefill_rate
+    with model.queued():
+        try:
+            with anyio.fail_after(end - time.monotonic()):
+                await model.ready()
+                replica = model.choose(call.prompt, tried)
+                stack.enter_context(replica.loaded())
+                ticket = Ticket(call.arrived, due, work)
+                await stack.enter_async_context(replica.gate.turn(ticket))
+        except TimeoutError:
+            raise unavailable(
+                f"{model.name} had no room within {settings.queue.timeout:g} s: ask again later",
+                "queue_timeout",
+                settings.queue.timeout / 4,
+            ) from None
+    metrics.queue_time.labels(model.name).observe(time.monotonic() - call.arrived)
+    return replica
+
+
+async def _ask(stack: contextlib.AsyncExitStack, replica: Replica, call: Call) -> Answer:
+    """Send it, and wait for the first bytes of the answer's body."""
+    request = replica.client.build_request(
+        "POST", call.path, headers=call.headers, content=call.prompt.body
+    )
+    response = await replica.client.send(request, stream=True)
+    stack.push_async_callback(_close, response)
+    # As they are on the wire, compressed ones too.
+    rest = response.aiter_raw()
+    return Answer(replica, response, await anext(rest, b""), rest)
+
+
+async def _close(response: httpx.Response) -> None:
+    # Also when the request is cancelled: an answer that was not read to its end ends the
+    # connection, which tells the engine to stop.
+    with anyio.CancelScope(shield=True):
+        await response.aclose()
+
+
+def _reason(error: httpx.HTTPError) -> str:
+    return str(error) or type(error).__name__
+
+
+def _gave_up(model: Model, reason: str) -> ApiError:
+    return ApiError(
+        502, f"the engine of {model.name} did not answer: {reason}", "bad_gateway", "engine_failed"
+    )
