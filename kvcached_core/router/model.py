@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Collection, Coroutine, Iterator
+from collections.abc import Collection, Coroutine, Iterator, Sequence
 from enum import Enum
 from typing import Any
 
@@ -65,6 +65,7 @@ class Model:
         self._retry_at = 0.0
         self._hurry = asyncio.Event()
         self._turn = 0
+        self._ask_s = settings.sleep.timeout
 
     @property
     def name(self) -> str:
@@ -120,14 +121,21 @@ class Model:
         Raises:
             ApiError: it failed to wake (status 503).
         """
-        while self._state is not State.ACTIVE:
+        while self._state is not State.ACTIVE or self._sleeps_on:
             if self._state is State.FAILED and time.monotonic() < self._retry_at:
                 raise self._not_woken()
-            if self._state in (State.ASLEEP, State.FAILED):
+            if self._state in (State.ASLEEP, State.FAILED, State.ACTIVE):
                 self._begin(State.WAKING, self._wake())
-            await self._settled()
+            await self.settled()
             if self._state is State.FAILED:
                 raise self._not_woken()
+
+    @property
+    def _sleeps_on(self) -> bool:
+        """Whether it is active, but what is left of its replicas sleeps, or was never asked."""
+        if any(replica.available for replica in self.replicas):
+            return False
+        return any(replica.healthy and not replica.awake for replica in self.replicas)
 
     def choose(self, prompt: Prompt, tried: Collection[Replica] = ()) -> Replica:
         """The replica for a request, one that was not tried yet if there is any.
@@ -151,12 +159,7 @@ class Model:
     def sleeps_when_idle(self) -> bool:
         """Whether it is due to be put to sleep."""
         after = self.settings.sleep.after
-        return (
-            after is not None
-            and self._state is State.ACTIVE
-            and self.pending == 0
-            and self.traffic.idle_s >= after
-        )
+        return after is not None and self._state is State.ACTIVE and self.traffic.idle_s >= after
 
     async def sleep(self, *, by_hand: bool) -> None:
         """Put it to sleep, or see it to the end of falling asleep.
@@ -171,7 +174,7 @@ class Model:
                 raise Busy(f"{self.name} has {self.pending} requests: try again when it is idle")
             self.slept_by_hand = by_hand
             self._begin(State.SLEEPING, self._sleep())
-        await self._settled()
+        await self.settled()
         if self._state is not State.ASLEEP and self.problem:
             raise Busy(f"{self.name} stays awake: {self.problem}")
 
@@ -188,40 +191,60 @@ class Model:
         finally:
             self._hurry.clear()
 
-    async def learn(self) -> None:
-        """Ask the engines whether they sleep, after the router has started."""
-        timeout = self.settings.sleep.timeout
+    def learn(self, timeout: float) -> None:
+        """Begin to ask the engines whether they sleep, which requests wait for.
 
-        async def ask(replica: Replica) -> None:
-            asleep = await replica.engine.is_asleep(timeout)
-            if asleep is not None:
-                replica.asleep = asleep
+        Args:
+            timeout: seconds for an engine to answer; one that does not is taken to be awake.
+        """
 
-        await asyncio.gather(*(ask(replica) for replica in self.replicas))
-        if self._state is State.ACTIVE and self.replicas and all(r.asleep for r in self.replicas):
-            self._fell_asleep()
+        self._ask_s = timeout
+
+        async def ask() -> None:
+            await asyncio.gather(*(self._ask(replica) for replica in self.replicas))
+            if all(replica.asleep for replica in self.replicas):
+                self._fell_asleep()
+            else:
+                self._state = State.ACTIVE
+
+        self._begin(State.WAKING, ask())
+
+    async def settled(self) -> None:
+        """Wait for the end of what it is about to become."""
+        # Shielded: a client that goes away does not take the others' wake with it.
+        if self._transition is not None:
+            await asyncio.shield(self._transition)
 
     def joined(self, replicas: list[Replica]) -> None:
-        """Replicas that it did not have before are taken for as awake as itself."""
-        if self._state is not State.ACTIVE:
-            for replica in replicas:
-                replica.asleep = None
+        """Note replicas that it did not have before: nobody has asked yet whether they sleep."""
+        for replica in replicas:
+            replica.asleep = None
 
     async def mend(self, replica: Replica) -> None:
-        """Wake a replica that sleeps although the model is active."""
-        if self._state is State.ACTIVE and replica.healthy and replica.asleep is not False:
-            await self._wake_one(replica)
+        """Wake a replica that sleeps although the model is active.
+
+        Raises:
+            EngineError: it does not wake.
+        """
+        if self._state is not State.ACTIVE or not replica.healthy or replica.awake:
+            return
+        async with replica.changing:
+            if self._state is State.ACTIVE:
+                await self._wake_one(replica)
+
+    async def _ask(self, replica: Replica) -> None:
+        told = await replica.engine.is_asleep(self._ask_s)
+        if told is not None:
+            replica.asleep = told
+        elif not replica.changed:
+            # It was started awake, and nobody but the router puts it to sleep.
+            replica.asleep = False
 
     def _begin(self, state: State, work: Coroutine[Any, Any, None]) -> None:
         # Nothing is awaited between a look at the state and this, so there is only ever one.
         log.info("%s: %s", self.name, state.value)
         self._state = state
         self._transition = asyncio.create_task(work, name=f"{self.name}: {state.value}")
-
-    async def _settled(self) -> None:
-        # Shielded: a client that goes away does not take the others' wake with it.
-        if self._transition is not None:
-            await asyncio.shield(self._transition)
 
     def _not_woken(self) -> ApiError:
         left = self._retry_at - time.monotonic()
@@ -238,9 +261,11 @@ class Model:
 
         async def one(replica: Replica) -> None:
             settings = self.settings.sleep
-            replica.asleep = None
-            await replica.engine.sleep(settings.level, settings.timeout)
-            replica.asleep = True
+            async with replica.changing:
+                replica.asleep = None
+                replica.changed = True
+                await replica.engine.sleep(settings.level, settings.timeout)
+                replica.asleep = True
 
         problem = _first_problem(
             await asyncio.gather(*(one(replica) for replica in awake), return_exceptions=True)
@@ -261,37 +286,47 @@ class Model:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._hurry.wait(), left)
         begin = time.monotonic()
-        await self._wake_all()
-        if self._state is State.ACTIVE:
+        woken = await self._wake_all()
+        if self._state is State.FAILED:
+            self.failed_wakes += 1
+        elif woken:
             self.wakes += 1
             self.last_wake_s = time.monotonic() - begin
             self.traffic.touch()
-        else:
-            self.failed_wakes += 1
 
-    async def _wake_all(self) -> None:
-        asleep = [replica for replica in self.replicas if replica.asleep is not False]
-        problem = _first_problem(
-            await asyncio.gather(
-                *(self._wake_one(replica) for replica in asleep), return_exceptions=True
-            )
-        )
-        if any(replica.asleep is False for replica in self.replicas):
+    async def _wake_all(self) -> bool:
+        """Wake the replicas that sleep; whether there were any that did so."""
+        asleep = [replica for replica in self.replicas if not replica.awake]
+
+        async def one(replica: Replica) -> bool:
+            async with replica.changing:
+                return await self._wake_one(replica)
+
+        results = await asyncio.gather(*map(one, asleep), return_exceptions=True)
+        # One that is awake but does not answer is no help: then the wake of the others counts.
+        if any(r.available for r in self.replicas) or all(r.awake for r in self.replicas):
             self._state = State.ACTIVE
             self.slept_at = None
             self.problem = ""
-            return
-        self.problem = problem or "it has no replicas"
-        self._retry_at = time.monotonic() + self.settings.sleep.retry
-        self._state = State.FAILED
-        log.warning("%s did not wake: %s", self.name, self.problem)
+        else:
+            self._state = State.FAILED
+            self.problem = _first_problem(results) or "its replicas have just been replaced"
+            self._retry_at = time.monotonic() + self.settings.sleep.retry
+            log.warning("%s did not wake: %s", self.name, self.problem)
+        return any(result is True for result in results)
 
-    async def _wake_one(self, replica: Replica) -> None:
+    async def _wake_one(self, replica: Replica) -> bool:
+        """See to it that a replica is awake; whether it slept."""
+        if replica.asleep is None:
+            await self._ask(replica)
+        if replica.awake:
+            return False
         await replica.engine.wake(self.settings.sleep.timeout)
         replica.asleep = False
+        return True
 
 
-def _first_problem(results: list[BaseException | None]) -> str | None:
+def _first_problem(results: Sequence[object]) -> str | None:
     for result in results:
         if isinstance(result, EngineError):
             return str(result)

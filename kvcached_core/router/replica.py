@@ -41,6 +41,10 @@ class Replica:
         self.healthy = True
         self.asleep: bool | None = False
         """None: an attempt to change that ended badly, or nobody could tell."""
+        self.changed = False
+        """Whether the router ever put it to sleep."""
+        self.changing = asyncio.Lock()
+        """Held while it is put to sleep or woken."""
         self.problem = ""
         """Why it is left out."""
         self.client = httpx.AsyncClient(
@@ -63,9 +67,14 @@ class Replica:
         self._look_now = asyncio.Event()
 
     @property
+    def awake(self) -> bool:
+        """Whether it is known to be."""
+        return self.asleep is False
+
+    @property
     def available(self) -> bool:
         """Whether it may be given requests."""
-        return self.healthy and self.asleep is False
+        return self.healthy and self.awake
 
     def same_as(self, settings: ReplicaSettings, key: str | None) -> bool:
         """Whether nothing but its queue is different."""

@@ -70,8 +70,7 @@ class Router:
         """Connect to the engines and begin to watch them."""
         self._apply(self._loaded)
         self._spawn(self._watch_idle(), "idle")
-        # Bounded by the probes' own timeout, and a model that is asleep must be known as that.
-        await asyncio.gather(*(model.learn() for model in self.models.values()))
+        await asyncio.gather(*(model.settled() for model in self.models.values()))
 
     async def stop(self) -> None:
         """Stop watching and close all connections; requests in flight have ended."""
@@ -134,6 +133,7 @@ class Router:
             replicas.append(replica)
         if model is None:
             model = Model(settings, replicas)
+            model.learn(self.settings.health.timeout)
         else:
             for replica in known.values():
                 self._retire(model, replica)

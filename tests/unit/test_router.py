@@ -443,13 +443,13 @@ def test_one_failed_probe_is_not_enough(tmp_path: Path) -> None:
 
 def test_another_replica_answers_for_one_that_nobody_listens_on(tmp_path: Path) -> None:
     async def main() -> None:
-        async with site(tmp_path, Upstream("a"), top={"health": {"interval": "1h"}}) as s:
+        top = {"health": {"interval": "1h", "failures": 100}}
+        async with site(tmp_path, Upstream("a"), top=top) as s:
             dead = f"http://127.0.0.1:{free_port()}"
-            s.reconfigure({**settings_for([dead, s.urls[0]]), "health": {"interval": "1h"}})
+            s.reconfigure({**settings_for([dead, s.urls[0]]), **top})
             s.router.reload()
             gone = s.router.models["m"].replicas[0]
-            await until(lambda: not gone.healthy or gone._failures > 0)
-            gone.succeeded()  # as if it had died after the last probe
+            gone.asleep = False  # as if it had been asked, and had died after that
             answers = [await s.complete() for _ in range(2)]
             assert [answer.json()["served_by"] for answer in answers] == ["a", "a"]
             assert not gone.healthy, "a refused connection is enough"
@@ -637,6 +637,28 @@ def test_a_wake_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
     run(main)
 
 
+def test_an_awake_replica_that_is_ill_does_not_make_wakes_endless(tmp_path: Path) -> None:
+    async def main() -> None:
+        engines = [Upstream("ill"), Upstream("asleep", wake_status=500)]
+        top = {"health": {"interval": "1h", "failures": 1}}
+        async with site(tmp_path, *engines, top=top, sleep={"retry": "200ms"}) as s:
+            model = s.router.models["m"]
+            ill, asleep = model.replicas
+            await until(lambda: all(engine.probes == 1 for engine in engines))
+            engines[0].healthy = False
+            await ill.look(s.router.settings.health)
+            asleep.asleep = True
+            answer = await s.complete()
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "wake_failed")
+            assert engines[1].wakes == 1
+            engines[0].healthy = True
+            await ill.look(s.router.settings.health)
+            await asyncio.sleep(0.25)
+            assert (await s.complete()).json()["served_by"] == "ill"
+
+    run(main)
+
+
 def test_idle_models_fall_asleep_and_busy_ones_never(tmp_path: Path) -> None:
     async def main() -> None:
         engine = Upstream(gate=asyncio.Event())
@@ -784,6 +806,31 @@ def test_a_request_of_a_model_that_is_taken_away_is_still_served(tmp_path: Path)
             assert engine.wake_gate is not None
             engine.wake_gate.set()
             assert (await task).json()["served_by"] == "engine"
+
+    run(main)
+
+
+def test_what_a_reload_adds_may_be_asleep(tmp_path: Path) -> None:
+    async def main() -> None:
+        engines = [Upstream("a"), Upstream("b", asleep=True), Upstream("c", asleep=True)]
+        async with site(tmp_path, *engines) as s:
+            s.reconfigure(settings_for(s.urls[:1]))
+            s.router.reload()
+            added = {"name": "n", "replicas": [{"url": s.urls[2]}]}
+            both = settings_for(s.urls[:2])["models"]
+            for engine in engines[1:]:
+                engine.asleep = True
+            wakes = [engine.wakes for engine in engines]
+            s.reconfigure({"models": [*both, added]})
+            s.router.reload()
+            # A model is asked before its first request, and a replica of an active one is woken.
+            assert (await s.complete("n")).json()["served_by"] == "c"
+            assert engines[2].wakes == wakes[2] + 1
+            await until(lambda: s.router.models["m"].replicas[1].available)
+            served = [(await s.complete()).json()["served_by"] for _ in range(4)]
+            assert set(served) == {"a", "b"}
+            assert engines[1].wakes == wakes[1] + 1
+            assert engines[0].wakes == wakes[0]
 
     run(main)
 

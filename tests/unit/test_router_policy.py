@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import math
 from dataclasses import dataclass
 
@@ -143,6 +144,25 @@ def test_bodies_that_are_refused(body: bytes) -> None:
     with pytest.raises(ApiError) as caught:
         parse(body)
     assert caught.value.status == 400
+
+
+words = st.sampled_from(["", "m", "text", "content", "\u00e4", "\ud800"])
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["model", "prompt", "messages", "input"]), anything))
+def test_any_body_is_read_or_refused(data: dict[str, object]) -> None:
+    try:
+        prompt = parse(json.dumps(data).encode())
+    except ApiError as error:
+        assert error.status == 400
+    else:
+        assert prompt.tokens >= 0
+        assert len(prompt.prefix(64)) <= 64
 
 
 # -- the queue ------------------------------------------------------------------------------------

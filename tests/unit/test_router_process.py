@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from kvcached_core.router.serve import _bind
 from tests.support.server import free_port
 from tests.support.upstream import DONE
 
@@ -191,6 +193,30 @@ def test_a_stop_finishes_what_is_in_flight(tmp_path: Path) -> None:
         assert started.wait(timeout=LONG_S) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
         with pytest.raises(urllib.error.URLError):
             get(f"{url}/health")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_answers_do_not_wait_for_acknowledgements(address: str) -> None:
+    async def main() -> bool:
+        nodelay: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def accepted(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            got = writer.get_extra_info("socket")
+            nodelay.set_result(bool(got.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)))
+            writer.close()
+
+        with _bind(address, 0) as listening:
+            port = listening.getsockname()[1]
+            async with await asyncio.start_server(accepted, sock=listening):
+                _, writer = await asyncio.open_connection(address, port)
+                try:
+                    return await nodelay
+                finally:
+                    writer.close()
+
+    if address == "::1" and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    assert asyncio.run(main())
 
 
 def test_an_address_that_is_taken(tmp_path: Path) -> None:
