@@ -53,6 +53,8 @@ class Upstream:
     sleeps: int = 0
     wakes: int = 0
     probes: int = 0
+    ask_gate: asyncio.Event | None = None
+    """Holds what it says of its sleep; the other two hold that itself."""
     wake_gate: asyncio.Event | None = None
     sleep_gate: asyncio.Event | None = None
     wake_status: int = 200
@@ -162,6 +164,8 @@ class Upstream:
     async def _is_sleeping(self, _: Request) -> Response:
         if not self.dev_mode:
             return Response(status_code=404)
+        if self.ask_gate is not None:
+            await self.ask_gate.wait()
         return JSONResponse({"is_sleeping": self.asleep})
 
 

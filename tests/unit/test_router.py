@@ -810,6 +810,25 @@ def test_a_request_of_a_model_that_is_taken_away_is_still_served(tmp_path: Path)
     run(main)
 
 
+def test_requests_wait_while_new_replicas_are_asked(tmp_path: Path) -> None:
+    async def main() -> None:
+        engines = [Upstream("old"), Upstream("new")]
+        async with site(tmp_path, *engines) as s:
+            s.reconfigure(settings_for(s.urls[:1]))
+            s.router.reload()
+            engines[1].ask_gate = asyncio.Event()
+            s.reconfigure(settings_for(s.urls[1:]))
+            s.router.reload()
+            task = asyncio.create_task(s.complete())
+            model = s.router.models["m"]
+            await until(lambda: model.waiting == 1 or task.done())
+            engines[1].ask_gate.set()
+            assert (await task).json()["served_by"] == "new"
+            assert engines[1].wakes == 0
+
+    run(main)
+
+
 def test_what_a_reload_adds_may_be_asleep(tmp_path: Path) -> None:
     async def main() -> None:
         engines = [Upstream("a"), Upstream("b", asleep=True), Upstream("c", asleep=True)]
