@@ -15,7 +15,7 @@ from .entry import run
 from .errors import CtlError
 
 if TYPE_CHECKING:
-    from ..router.settings import Loaded
+    from ..router.loading import Loaded
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -44,7 +44,7 @@ def check(config: Config) -> None:
 def _load(config: Path) -> Loaded:
     # Here and not above: engines that share the environment need none of it.
     try:
-        from ..router.settings import load
+        from ..router.loading import load
     except ModuleNotFoundError as error:
         raise CtlError(
             f"{error.name} is not installed: pip install 'kvcached-core[router]'"

@@ -24,6 +24,8 @@ from .settings import RouterSettings
 log = logging.getLogger(__name__)
 # The engine or what is before it says that it cannot serve now; another one might.
 _TRY_ANOTHER = frozenset((502, 503, 504))
+_MOST_BROKEN = 2
+"""Engines that may break down over one request."""
 
 
 class Broken(Exception):
@@ -78,6 +80,7 @@ async def answer(
     """
     tried: list[Replica] = []
     attempts = 1 + model.settings.retries
+    broke = 0
     for attempt in range(1, attempts + 1):
         async with contextlib.AsyncExitStack() as stack:
             replica = await _turn(stack, model, call, tried, metrics)
@@ -88,7 +91,9 @@ async def answer(
                 reason = _reason(error)
                 certain = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
                 replica.failed(reason, settings.health, certain=certain)
-                if attempt == attempts:
+                broke += not certain
+                # It may be what the request asks for that ends engines: not one after another.
+                if attempt == attempts or broke == _MOST_BROKEN:
                     raise _gave_up(model, reason) from None
             else:
                 status = found.response.status_code
@@ -125,7 +130,7 @@ async def _turn(
                 await stack.enter_async_context(replica.gate.turn(ticket))
         except TimeoutError:
             raise unavailable(
-                f"{model.name} had no room within {settings.queue.timeout:g} s: ask again later",
+                f"{model.obstacle} within {settings.queue.timeout:g} s: ask again later",
                 "queue_timeout",
                 settings.queue.timeout / 4,
             ) from None

@@ -18,8 +18,12 @@ class Engine(ABC):
     """One running engine. Each call may take until ``timeout`` seconds are over."""
 
     @abstractmethod
-    async def check(self, timeout: float) -> None:
+    async def check(self, timeout: float, asleep: bool = False) -> None:
         """Return if it is healthy.
+
+        Args:
+            timeout: seconds.
+            asleep: it sleeps, and must not be asked for what needs its memory.
 
         Raises:
             EngineError: it is not.
@@ -38,8 +42,12 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    async def wake(self, timeout: float) -> None:
+    async def wake(self, level: int, timeout: float) -> None:
         """Be ready for requests again; for one that is awake nothing changes.
+
+        Args:
+            level: at which it was put to sleep.
+            timeout: seconds.
 
         Raises:
             EngineError: it sleeps as before, as far as one can tell.
@@ -50,7 +58,7 @@ class _HttpEngine(Engine):
     def __init__(self, client: httpx.AsyncClient) -> None:
         self._client = client
 
-    async def check(self, timeout: float) -> None:
+    async def check(self, timeout: float, asleep: bool = False) -> None:
         await self._call("GET", "/health", timeout)
 
     async def _call(
@@ -96,14 +104,28 @@ class VllmEngine(_HttpEngine):
         params = {"level": str(level), "mode": "wait"}
         await self._call("POST", "/sleep", timeout, params=params, remedy=self._REMEDY)
 
-    async def wake(self, timeout: float) -> None:
-        await self._call("POST", "/wake_up", timeout, remedy=self._REMEDY)
+    async def wake(self, level: int, timeout: float) -> None:
+        if level == 1:
+            await self._call("POST", "/wake_up", timeout, remedy=self._REMEDY)
+            return
+        # The weights were dropped: waking up only makes room for them.
+        for path, tags, body in (
+            ("/wake_up", "weights", None),
+            ("/collective_rpc", None, {"method": "reload_weights"}),
+            ("/wake_up", "kv_cache", None),
+        ):
+            params = {"tags": tags} if tags else None
+            await self._call("POST", path, timeout, params, body, self._REMEDY)
 
 
 class SglangEngine(_HttpEngine):
     """SGLang, which has one level of sleep and does not tell whether it sleeps."""
 
     _REMEDY = "start it with --enable-memory-saver"
+
+    async def check(self, timeout: float, asleep: bool = False) -> None:
+        # /health generates a token, for which there is no memory while it sleeps.
+        await self._call("GET", "/model_info" if asleep else "/health", timeout)
 
     async def is_asleep(self, timeout: float) -> bool | None:
         return None
@@ -112,7 +134,7 @@ class SglangEngine(_HttpEngine):
         path = "/release_memory_occupation"
         await self._call("POST", path, timeout, json={}, remedy=self._REMEDY)
 
-    async def wake(self, timeout: float) -> None:
+    async def wake(self, level: int, timeout: float) -> None:
         path = "/resume_memory_occupation"
         await self._call("POST", path, timeout, json={}, remedy=self._REMEDY)
 

@@ -26,6 +26,8 @@ class State(str, Enum):
     """Of a model as a whole."""
 
     ACTIVE = "active"
+    STARTING = "starting"
+    """Its engines are launched, or again after they ended."""
     ASLEEP = "asleep"
     WAKING = "waking"
     SLEEPING = "sleeping"
@@ -66,6 +68,7 @@ class Model:
         self._hurry = asyncio.Event()
         self._turn = 0
         self._ask_s = settings.sleep.timeout
+        self._changed = asyncio.Event()
 
     @property
     def name(self) -> str:
@@ -73,9 +76,24 @@ class Model:
 
     @property
     def state(self) -> State:
-        if self._state is State.ACTIVE and not any(r.available for r in self.replicas):
-            return State.FAILED
-        return self._state
+        if self._state is not State.ACTIVE or any(r.available for r in self.replicas):
+            return self._state
+        return State.STARTING if any(r.coming for r in self.replicas) else State.FAILED
+
+    @property
+    def obstacle(self) -> str:
+        """What keeps a request from being served, to be continued with "within 5 s"."""
+        if self.state is State.STARTING:
+            problem = next((r.problem for r in self.replicas if r.coming and r.problem), "")
+            return f"no engine of {self.name} was ready ({problem})"
+        if self.state is State.WAKING:
+            return f"{self.name} did not wake"
+        return f"{self.name} had no room"
+
+    def note_change(self) -> None:
+        """A replica came or went: whoever waits for one looks again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -121,7 +139,13 @@ class Model:
         Raises:
             ApiError: it failed to wake (status 503).
         """
-        while self._state is not State.ACTIVE or self._sleeps_on:
+        while True:
+            state = self.state
+            if state is State.STARTING:
+                await self._changed.wait()
+                continue
+            if self._state is State.ACTIVE and not self._sleeps_on:
+                return
             if self._state is State.FAILED and time.monotonic() < self._retry_at:
                 raise self._not_woken()
             if self._state in (State.ASLEEP, State.FAILED, State.ACTIVE):
@@ -135,7 +159,7 @@ class Model:
         """Whether it is active, but what is left of its replicas sleeps, or was never asked."""
         if any(replica.available for replica in self.replicas):
             return False
-        return any(replica.healthy and not replica.awake for replica in self.replicas)
+        return any((r.healthy or r.down) and not r.awake for r in self.replicas)
 
     def choose(self, prompt: Prompt, tried: Collection[Replica] = ()) -> Replica:
         """The replica for a request, one that was not tried yet if there is any.
@@ -152,6 +176,11 @@ class Model:
             return prefix_affine(choices, prompt.prefix(self.settings.prefix_bytes))
         self._turn += 1
         return least_loaded(choices, self._turn)
+
+    @property
+    def rests(self) -> bool:
+        """Whether it sleeps or is about to."""
+        return self._state in (State.ASLEEP, State.SLEEPING)
 
     # -- sleep ------------------------------------------------------------------------------------
 
@@ -226,7 +255,8 @@ class Model:
         Raises:
             EngineError: it does not wake.
         """
-        if self._state is not State.ACTIVE or not replica.healthy or replica.awake:
+        there = replica.healthy or replica.down
+        if self._state is not State.ACTIVE or not there or replica.awake:
             return
         async with replica.changing:
             if self._state is State.ACTIVE:
@@ -264,6 +294,7 @@ class Model:
             async with replica.changing:
                 replica.asleep = None
                 replica.changed = True
+                replica.level = settings.level
                 await replica.engine.sleep(settings.level, settings.timeout)
                 replica.asleep = True
 
@@ -321,7 +352,8 @@ class Model:
             await self._ask(replica)
         if replica.awake:
             return False
-        await replica.engine.wake(self.settings.sleep.timeout)
+        level = replica.level or self.settings.sleep.level
+        await replica.engine.wake(level, self.settings.sleep.timeout)
         replica.asleep = False
         return True
 

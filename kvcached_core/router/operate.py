@@ -20,6 +20,7 @@ from ..config import ConfigError
 from .errors import ApiError
 from .metrics import CONTENT_TYPE
 from .model import Busy, Model, State
+from .replica import Replica
 from .router import Router
 from .traffic import LONGEST_WINDOW_S
 
@@ -250,20 +251,32 @@ class Operations:
 
 def _health(model: Model) -> dict[str, Any]:
     return {
-        "healthy": any(replica.healthy for replica in model.replicas),
+        "healthy": any(replica.usable for replica in model.replicas),
         "state": model.state.value,
         "problem": model.problem,
-        "replicas": [
-            {
-                "url": replica.name,
-                "healthy": replica.healthy,
-                "asleep": replica.asleep,
-                "requests": replica.load,
-                "problem": replica.problem,
-            }
-            for replica in model.replicas
-        ],
+        "replicas": [_replica_health(replica) for replica in model.replicas],
     }
+
+
+def _replica_health(replica: Replica) -> dict[str, Any]:
+    health = {
+        "url": replica.name,
+        "healthy": replica.healthy,
+        "asleep": replica.asleep,
+        "requests": replica.load,
+        "problem": replica.problem,
+    }
+    supervisor = replica.supervisor
+    if supervisor is not None:
+        process = supervisor.process
+        runs = process is not None and process.runs
+        health["process"] = {
+            "phase": supervisor.phase.value,
+            "pid": process.pid if process is not None and runs else None,
+            "starts": supervisor.starts,
+            "crashes": supervisor.crashes,
+        }
+    return health
 
 
 def _describe(model: Model) -> dict[str, Any]:

@@ -8,12 +8,14 @@ import contextlib
 import functools
 import logging
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import httpx
 
 from .engines import Engine, EngineError, connect
 from .gate import Gate
+from .launch.engine import Kind, LaunchedEngine
+from .launch.supervisor import Supervisor
 from .settings import HealthSettings, ReplicaSettings
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,12 @@ class Replica:
         """None: an attempt to change that ended badly, or nobody could tell."""
         self.changed = False
         """Whether the router ever put it to sleep."""
+        self.level = 0
+        """At which the router put it to sleep; 0: it did not."""
+        self.supervisor: Supervisor | None = None
+        """Of its process, if the router runs that."""
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when it may have become available, or ceased to be."""
         self.changing = asyncio.Lock()
         """Held while it is put to sleep or woken."""
         self.problem = ""
@@ -76,6 +84,39 @@ class Replica:
         """Whether it may be given requests."""
         return self.healthy and self.awake
 
+    @property
+    def coming(self) -> bool:
+        """Whether its process is there or about to be, and it may become available by itself."""
+        return self.supervisor is not None and self.supervisor.wanted
+
+    @property
+    def down(self) -> bool:
+        """Whether its process is the router's to start, and was not asked to run."""
+        return self.supervisor is not None and not self.supervisor.wanted
+
+    @property
+    def usable(self) -> bool:
+        """Whether it could serve a request, if need be after it was woken."""
+        return self.healthy or (self.down and self.asleep is True)
+
+    def launch_with(self, supervisor: Supervisor, kind: Callable[[], Kind]) -> None:
+        """Have its process run by ``supervisor``."""
+        self.supervisor = supervisor
+        self.engine = LaunchedEngine(self.engine, supervisor, kind)
+        self.healthy = False
+        self.problem = supervisor.problem
+
+    def process_changed(self) -> None:
+        """Note that its process became ready, or is no longer."""
+        assert self.supervisor is not None
+        if self.supervisor.ready:
+            self.asleep = False
+            self.succeeded()
+        else:
+            self.healthy = False
+            self.problem = self.supervisor.problem
+        self.on_change()
+
     def same_as(self, settings: ReplicaSettings, key: str | None) -> bool:
         """Whether nothing but its queue is different."""
         same = settings.model_copy(update={"gpu": self.settings.gpu}) == self.settings
@@ -102,19 +143,27 @@ class Replica:
                 log.warning("replica %s is left out: %s", self.name, problem)
             self.healthy = False
             self.problem = problem
+            self.on_change()
 
     def succeeded(self) -> None:
         """It answered."""
+        if self.supervisor is not None and not self.supervisor.ready:
+            return  # with its last words
         if not self.healthy:
             log.info("replica %s is back", self.name)
         self._failures = 0
+        came = not self.healthy
         self.healthy = True
         self.problem = ""
+        if came:
+            self.on_change()
 
     async def look(self, health: HealthSettings) -> None:
-        """Probe it once."""
+        """Probe it once, unless its process says all there is to know."""
+        if self.supervisor is not None and not self.supervisor.ready:
+            return
         try:
-            await self.engine.check(health.timeout)
+            await self.engine.check(health.timeout, asleep=not self.awake)
         except EngineError as error:
             self._count(str(error), health.failures)
         else:
@@ -127,4 +176,7 @@ class Replica:
         self._look_now.clear()
 
     async def close(self) -> None:
+        """End its process, if the router runs it, and the connections."""
+        if self.supervisor is not None:
+            await self.supervisor.stop("it is taken away")
         await self.client.aclose()

@@ -15,10 +15,13 @@ from .engines import EngineError
 from .errors import ApiError
 from .gate import Gate
 from .keys import Keys
+from .launch.launcher import Launcher
+from .launch.mps_guard import MpsGuard
+from .loading import Loaded, load
 from .metrics import Metrics
 from .model import Busy, Model
 from .replica import Replica
-from .settings import GpuSettings, Loaded, ModelSettings, RouterSettings, load
+from .settings import GpuSettings, ModelSettings, RouterSettings
 
 log = logging.getLogger(__name__)
 _IDLE_LOOK_S = 1.0
@@ -28,12 +31,13 @@ _DRAIN_LOOK_S = 0.05
 class Router:
     """What the endpoints work on. Made, started and stopped in one event loop."""
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, loaded: Loaded, guard: MpsGuard | None = None) -> None:
         self.started_at = time.time()
         self.models: dict[str, Model] = {}
         self.metrics = Metrics(lambda: self.models.values())
         self.reloads = 0
         self._loaded = loaded
+        self._launcher = Launcher(lambda: self.settings, guard or MpsGuard())
         self._gates: dict[str, Gate] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._watchers: dict[Replica, asyncio.Task[None]] = {}
@@ -73,11 +77,15 @@ class Router:
         await asyncio.gather(*(model.settled() for model in self.models.values()))
 
     async def stop(self) -> None:
-        """Stop watching and close all connections; requests in flight have ended."""
+        """Stop watching, end the engines that were launched here, and close all connections.
+
+        Requests in flight have ended.
+        """
         tasks = [*self._tasks, *self._watchers.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._launcher.stop()
         for model in self.models.values():
             for replica in model.replicas:
                 await replica.close()
@@ -111,6 +119,7 @@ class Router:
         for model in before.values():
             for replica in model.replicas:
                 self._retire(model, replica)
+        self._launcher.arrange([r for model in self.models.values() for r in model.replicas])
         used = {replica.gate for model in self.models.values() for replica in model.replicas}
         self._gates = {name: gate for name, gate in self._gates.items() if gate in used}
 
@@ -133,17 +142,30 @@ class Router:
             replicas.append(replica)
         if model is None:
             model = Model(settings, replicas)
+            sleep = settings.sleep
+            self._launch(model, fresh, asleep=sleep.at_start and sleep.kind == "cold")
             model.learn(self.settings.health.timeout)
+            if sleep.at_start and sleep.kind == "engine":
+                self._spawn(_sleep_at_start(model), f"sleep {model.name}")
         else:
             for replica in known.values():
                 self._retire(model, replica)
             model.settings = settings
             model.replicas = replicas
+            self._launch(model, fresh, asleep=model.rests)
             model.joined(fresh)
         for replica in fresh:
+            replica.on_change = model.note_change
             watch = self._watch(model, replica)
             self._watchers[replica] = asyncio.create_task(watch, name=f"health {replica.name}")
         return model
+
+    def _launch(self, model: Model, replicas: list[Replica], *, asleep: bool) -> None:
+        for replica in replicas:
+            if replica.settings.launch is not None:
+                supervisor = self._launcher.equip(model, replica)
+                if not asleep:
+                    supervisor.start()
 
     def _gate(self, gpu: str | None, url: str) -> Gate:
         name, settings = (
@@ -167,6 +189,7 @@ class Router:
             while replica.load or (removed and model.pending):
                 await asyncio.sleep(_DRAIN_LOOK_S)
             await replica.close()
+            self._launcher.forget(replica)
 
         self._spawn(drain(), f"drain {replica.name}")
 
@@ -197,6 +220,14 @@ class Router:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _sleep_at_start(model: Model) -> None:
+    while not any(replica.available for replica in model.replicas):
+        await asyncio.sleep(_IDLE_LOOK_S)
+    # Busy: somebody asks for it already.
+    with contextlib.suppress(Busy):
+        await model.sleep(by_hand=False)
 
 
 async def _put_to_sleep(model: Model) -> None:

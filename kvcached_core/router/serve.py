@@ -13,8 +13,8 @@ import uvicorn
 
 from ..config import ConfigError
 from .app import make_app
+from .loading import Loaded
 from .router import Router
-from .settings import Loaded
 
 log = logging.getLogger(__name__)
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -15,15 +16,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
 from ..cli.values import parse_address, parse_duration
-from ..config import Bytes, ConfigError
-from .document import Document, read
-from .keys import Keys, KeySource, collect
+from ..config import Bytes
+from .keys import KeySource
 
 Seconds = Annotated[float, BeforeValidator(lambda value: parse_duration(str(value)))]
 Positive = Annotated[Seconds, Field(gt=0)]
@@ -42,8 +41,37 @@ def _base_url(text: str) -> str:
     return text.rstrip("/").removesuffix("/v1")
 
 
+def _word(value: object) -> object:
+    """YAML's numbers and truths as they are written in an environment or a command."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value) if isinstance(value, int | float) else value
+
+
+def _words(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(shlex.split(value))
+    return tuple(map(_word, value)) if isinstance(value, list) else value
+
+
+def _port(value: object) -> int:
+    is_port = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 16
+    return int(str(value)) if is_port else 1
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MisplacedError(ValueError):
+    """What is wrong with a part that only the whole can tell."""
+
+    def __init__(self, location: tuple[str | int, ...], message: str) -> None:
+        super().__init__(message)
+        self.location = location
 
 
 class ListenSettings(_Settings):
@@ -97,10 +125,63 @@ class GpuSettings(_Settings):
     """Requests that its engines have at a time; the others wait here."""
     order: Literal["slack", "fifo"] = "slack"
     """``slack``: so that the most requests meet their objective. ``fifo``: as they came."""
+    device: Annotated[str, BeforeValidator(_word)] | None = None
+    """What engines that are launched here see: ``CUDA_VISIBLE_DEVICES``."""
+    mps: bool | Literal["auto"] = "auto"
+    """Launch engines as clients of MPS; ``auto``: where it can run."""
+    parallel_starts: int = Field(default=1, ge=1)
+    """Engines that are launched at a time; the others wait until those are ready."""
+
+
+class RestartSettings(_Settings):
+    """When an engine that ended by itself is started again."""
+
+    delay: Positive = 1.0
+    """After its first end; doubled after each further one."""
+    longest: Positive = 60.0
+    """The delay grows no further."""
+    healthy: Positive = 60.0
+    """An engine that was ready for so long begins with the first delay again."""
+
+
+class LaunchSettings(_Settings):
+    """How the router starts an engine. In words, ``{port}`` and ``{name}`` are filled in."""
+
+    port: int = Field(ge=1, le=65535)
+    """On which it shall listen, on 127.0.0.1."""
+    model: str | None = None
+    """Folder or name of a model; the router makes the command."""
+    command: Words | None = None
+    """The whole command instead."""
+    python: str = sys.executable
+    """With ``model``: the interpreter of the environment that the engine is installed in."""
+    args: Words = ()
+    """With ``model``: further arguments."""
+    env: dict[str, Annotated[str, BeforeValidator(_word)]] = {}
+    """On top of the router's own environment."""
+    folder: Path | None = None
+    """Where it runs; by default where the router does."""
+    log: Path | None = None
+    """A file that its output is appended to; by default it goes where the router's goes."""
+    start_time: Positive = 600.0
+    """For it to be healthy after its start."""
+    stop_time: Positive = 30.0
+    """For it to end after SIGTERM, before it is killed."""
+    hang_time: Positive = 120.0
+    """Once ready, it is started again after it was not healthy for so long."""
+    restart: RestartSettings = RestartSettings()
+
+    @model_validator(mode="after")
+    def _one(self) -> LaunchSettings:
+        if (self.model is None) == (self.command is None):
+            raise ValueError("write exactly one of 'model' and 'command'")
+        if self.command is not None and (self.args or not self.command):
+            raise ValueError("'command' is the whole command: write the arguments there")
+        return self
 
 
 class ReplicaSettings(_Settings):
-    """One engine."""
+    """One engine, which runs already (``url``), or which the router runs (``launch``)."""
 
     url: Annotated[str, AfterValidator(_base_url)]
     engine: Literal["vllm", "sglang"] = "vllm"
@@ -109,6 +190,18 @@ class ReplicaSettings(_Settings):
     """Which of ``gpus`` it shares with others; by default it has a queue of its own."""
     key: KeySource | None = None
     """The API key that this engine wants, from ``env`` or ``file``."""
+    launch: LaunchSettings | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _launched(cls, value: Any) -> Any:
+        launch = value.get("launch") if isinstance(value, dict) else None
+        if not isinstance(launch, dict):
+            return value
+        if "url" in value:
+            raise ValueError("an engine that is launched has the URL of its port: leave 'url' out")
+        # Without one, what is said of 'launch' tells of it.
+        return {**value, "url": f"http://127.0.0.1:{_port(launch.get('port'))}"}
 
     @field_validator("gpu", mode="before")
     @classmethod
@@ -133,8 +226,12 @@ class QueueSettings(_Settings):
 
 
 class SleepSettings(_Settings):
-    """When a model sleeps."""
+    """When and how a model sleeps."""
 
+    kind: Literal["engine", "cold"] = "engine"
+    """``engine``: its engines' own sleep mode. ``cold``: they end, and are launched again."""
+    at_start: bool = False
+    """It sleeps until the first request, once its engines have been launched."""
     after: Positive | None = None
     """Without a request for so long; by default only when told to."""
     minimum: Annotated[Seconds, Field(ge=0)] = 0.0
@@ -165,6 +262,18 @@ class ModelSettings(_Settings):
     queue: QueueSettings = QueueSettings()
     sleep: SleepSettings = SleepSettings()
 
+    @model_validator(mode="after")
+    def _has_engines_to_start(self) -> ModelSettings:
+        if self.sleep.kind == "cold" or self.sleep.at_start:
+            what = "kind: cold" if self.sleep.kind == "cold" else "at_start"
+            for index, replica in enumerate(self.replicas):
+                if replica.launch is None:
+                    raise ValueError(
+                        f"sleep has {what!r}, which is for engines that the router runs, and "
+                        f"replicas[{index}] is not: give it 'launch' instead of 'url'"
+                    )
+        return self
+
 
 class RouterSettings(_Settings):
     """The whole file."""
@@ -190,7 +299,7 @@ class RouterSettings(_Settings):
     @model_validator(mode="after")
     def _reachable(self) -> RouterSettings:
         if not (self.listen.is_loopback or self.listen.allow_anonymous or self.keys):
-            raise _At(
+            raise MisplacedError(
                 ("listen",),
                 f"{self.listen.address} is reached from other machines, and there are no API keys: "
                 "add 'keys', listen on 127.0.0.1, or set 'allow_anonymous: true' in 'listen'",
@@ -200,9 +309,10 @@ class RouterSettings(_Settings):
     @model_validator(mode="after")
     def _consistent(self) -> RouterSettings:
         names: set[str] = set()
+        ports: set[int] = set()
         for i, model in enumerate(self.models):
             if model.name in names:
-                raise _At(
+                raise MisplacedError(
                     ("models", i, "name"),
                     f"there is a model {model.name!r} already: put all its replicas there",
                 )
@@ -211,134 +321,22 @@ class RouterSettings(_Settings):
             for j, replica in enumerate(model.replicas):
                 where = ("models", i, "replicas", j)
                 if replica.url in urls:
-                    raise _At((*where, "url"), f"{replica.url} is a replica already: remove one")
+                    raise MisplacedError(
+                        (*where, "url"), f"{replica.url} is a replica already: remove one"
+                    )
                 urls.add(replica.url)
+                if replica.launch is not None:
+                    port = replica.launch.port
+                    if port in ports or port == self.listen.port:
+                        raise MisplacedError(
+                            (*where, "launch", "port"),
+                            f"port {port} is in use by this file already: name another one",
+                        )
+                    ports.add(port)
                 if replica.gpu is not None and replica.gpu not in self.gpus:
                     known = ", ".join(sorted(self.gpus)) or "none"
-                    raise _At(
+                    raise MisplacedError(
                         (*where, "gpu"),
                         f"there is no GPU {replica.gpu!r} in 'gpus' ({known}): add it there",
                     )
         return self
-
-
-class _At(ValueError):
-    """What is wrong with a part that only the whole can tell."""
-
-    def __init__(self, location: tuple[str | int, ...], message: str) -> None:
-        super().__init__(message)
-        self.location = location
-
-
-class Loaded(_Settings):
-    """Settings, with the secrets that they name."""
-
-    model_config = ConfigDict(arbitrary_types_allowed=True, frozen=True)
-
-    path: Path
-    settings: RouterSettings
-    keys: Keys
-    admin_keys: Keys
-    engine_keys: dict[str, str]
-    """By the URL of the replica."""
-
-
-def load(path: Path) -> Loaded:
-    """Read and validate the file, and the keys that it names.
-
-    Raises:
-        ConfigError: each mistake on a line of its own, beginning with ``file:line:column``.
-    """
-    document = read(path)
-    try:
-        settings = RouterSettings.model_validate({} if document.data is None else document.data)
-    except ValidationError as error:
-        raise ConfigError(_explain(document, error)) from None
-    problems: list[str] = []
-    keys = _keys(document, ("keys",), settings.keys, problems)
-    admin_keys = _keys(document, ("admin_keys",), settings.admin_keys, problems)
-    engine_keys = {}
-    for i, model in enumerate(settings.models):
-        for j, replica in enumerate(model.replicas):
-            if replica.key is None:
-                continue
-            try:
-                engine_keys[replica.url] = replica.key.read(path.parent)[0]
-            except ConfigError as error:
-                where = document.at(("models", i, "replicas", j, "key"))
-                problems.append(f"{where}: {error}")
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return Loaded(
-        path=path, settings=settings, keys=keys, admin_keys=admin_keys, engine_keys=engine_keys
-    )
-
-
-def _keys(
-    document: Document,
-    location: tuple[str, ...],
-    sources: list[KeySource],
-    problems: list[str],
-) -> Keys:
-    found = []
-    for index, source in enumerate(sources):
-        try:
-            found.append(collect(source, document.path.parent))
-        except ConfigError as error:
-            problems.append(f"{document.at((*location, index))}: {error}")
-    return Keys(frozenset().union(*found))
-
-
-def _explain(document: Document, error: ValidationError) -> str:
-    lines = []
-    for problem in error.errors():
-        location: tuple[str | int, ...] = problem["loc"]
-        cause = problem.get("ctx", {}).get("error")
-        if isinstance(cause, _At):
-            location = cause.location
-        lines.append(_line(document, location, problem["type"], problem["msg"]))
-    return "\n".join(lines)
-
-
-def _line(document: Document, location: tuple[str | int, ...], kind: str, message: str) -> str:
-    name = _dotted(location)
-    if kind == "missing":
-        return f"{document.at(location[:-1])}: {name} is missing: add it"
-    if kind == "extra_forbidden":
-        known = _known(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-        return f"{document.at(location, key=True)}: there is no setting {name}: {hint}"
-    said = message.removeprefix("Value error, ")
-    return f"{document.at(location)}: {name}: {said}" if name else f"{document.at(())}: {said}"
-
-
-def _dotted(location: tuple[str | int, ...]) -> str:
-    text = ""
-    for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
-    return text
-
-
-_PARTS: dict[str, type[BaseModel]] = {
-    "listen": ListenSettings,
-    "keys": KeySource,
-    "admin_keys": KeySource,
-    "limits": LimitSettings,
-    "health": HealthSettings,
-    "models": ModelSettings,
-    "replicas": ReplicaSettings,
-    "key": KeySource,
-    "queue": QueueSettings,
-    "sleep": SleepSettings,
-}
-
-
-def _known(location: tuple[str | int, ...]) -> list[str]:
-    """The settings there are in the part at ``location``."""
-    names = [part for part in location if isinstance(part, str)]
-    model: type[BaseModel] = RouterSettings
-    if names:
-        model = GpuSettings if names[0] == "gpus" else _PARTS[names[-1]]
-    fields: dict[str, Any] = model.model_fields
-    return sorted(fields)

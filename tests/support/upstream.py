@@ -52,6 +52,8 @@ class Upstream:
     seen: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
     sleeps: int = 0
     wakes: int = 0
+    reloads: int = 0
+    """Of the weights, after they were dropped."""
     probes: int = 0
     ask_gate: asyncio.Event | None = None
     """Holds what it says of its sleep; the other two hold that itself."""
@@ -75,6 +77,8 @@ class Upstream:
                 Route("/sleep", self._sleep, methods=["POST"]),
                 Route("/wake_up", self._wake, methods=["POST"]),
                 Route("/is_sleeping", self._is_sleeping),
+                Route("/collective_rpc", self._reload, methods=["POST"]),
+                Route("/model_info", self._model_info),
                 Route("/release_memory_occupation", self._sleep, methods=["POST"]),
                 Route("/resume_memory_occupation", self._wake, methods=["POST"]),
             ]
@@ -151,9 +155,18 @@ class Upstream:
         self.asleep = True
         return Response()
 
-    async def _wake(self, _: Request) -> Response:
+    async def _reload(self, request: Request) -> Response:
+        self.reloads += json.loads(await request.body())["method"] == "reload_weights"
+        return JSONResponse({"results": [None]})
+
+    async def _model_info(self, _: Request) -> Response:
+        return JSONResponse({})
+
+    async def _wake(self, request: Request) -> Response:
         if not self.dev_mode:
             return Response(status_code=404)
+        if request.query_params.get("tags") == "weights":
+            return Response()
         self.wakes += 1
         if self.wake_gate is not None:
             await self.wake_gate.wait()

@@ -13,7 +13,7 @@ import pytest
 from kvcached_core.cli import router as command
 from kvcached_core.config import ConfigError
 from kvcached_core.router.keys import Keys, KeySource, collect
-from kvcached_core.router.settings import load
+from kvcached_core.router.loading import load
 
 WHOLE = """\
 listen: 127.0.0.1:9000
