@@ -34,6 +34,8 @@ LINT = ["ruff==0.17.5", "mypy==2.4.1", "clang-format==23.1.5"]
 CORE = ["pydantic>=2", "nvidia-ml-py", "typer", "rich", "prometheus-client"]
 CORE += ["starlette>=0.40", "uvicorn>=0.30", "httpx>=0.27", "anyio>=4.4", "pyyaml>=6"]
 TEST = ["pytest>=8", "pytest-timeout", "hypothesis", "numpy", "tomli; python_version < '3.11'"]
+# What the router's tests ask it with.
+TEST += ["openai", "schemathesis>=4"]
 SANITIZERS = ("address,undefined", "thread")
 JOBS = str(min(os.cpu_count() or 1, 8))
 

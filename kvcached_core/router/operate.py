@@ -20,6 +20,7 @@ from ..config import ConfigError
 from .errors import ApiError
 from .metrics import CONTENT_TYPE
 from .model import Busy, Model, State
+from .openapi import describe
 from .replica import Replica
 from .router import Router
 from .traffic import LONGEST_WINDOW_S
@@ -42,6 +43,7 @@ class Operations:
             "/health/{model:path}": self.model_health,
             "/get_server_info": self.server_info,
             "/metrics": self.metrics,
+            "/openapi.json": self.openapi,
             "/models": self.models,
             "/models/idle": self.idle_models,
             "/models/active": self.active_models,
@@ -91,6 +93,9 @@ class Operations:
 
     async def metrics(self, _: Request) -> Response:
         return Response(self._router.metrics.text(), media_type=CONTENT_TYPE)
+
+    async def openapi(self, _: Request) -> Response:
+        return JSONResponse(describe(list(self._router.models)))
 
     # -- models -----------------------------------------------------------------------------------
 
