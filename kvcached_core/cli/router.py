@@ -30,7 +30,10 @@ def serve(config: Config) -> None:
     loaded = _load(config)
     from ..router.serve import serve as run_server
 
-    run_server(loaded)
+    try:
+        run_server(loaded)
+    except ConfigError as error:
+        raise CtlError(str(error)) from None
 
 
 @app.command()

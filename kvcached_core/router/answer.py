@@ -9,9 +9,12 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+import aiohttp
 import anyio
-import httpx
+import anyio.lowlevel
+from opentelemetry.trace import SpanKind
 
+from . import headers, tracing
 from .errors import ApiError, unavailable
 from .gate import Ticket
 from .headers import RawHeaders
@@ -24,6 +27,7 @@ from .settings import RouterSettings
 log = logging.getLogger(__name__)
 # The engine or what is before it says that it cannot serve now; another one might.
 _TRY_ANOTHER = frozenset((502, 503, 504))
+_NOT_REACHED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 _MOST_BROKEN = 2
 """Engines that may break down over one request."""
 
@@ -47,9 +51,8 @@ class Answer:
     """An answer of which the first bytes are there."""
 
     replica: Replica
-    response: httpx.Response
+    response: aiohttp.ClientResponse
     first: bytes
-    rest: AsyncIterator[bytes]
 
     async def chunks(self, stall_s: float) -> AsyncIterator[bytes]:
         """The body as it came.
@@ -60,13 +63,16 @@ class Answer:
         chunk = self.first
         while chunk:
             yield chunk
+            # Others have their turn, also while all that is sent here is there and taken at once.
+            await anyio.lowlevel.checkpoint()
             try:
                 with anyio.fail_after(stall_s):
-                    chunk = await anext(self.rest, b"")
+                    # All that has come meanwhile: a slow moment makes larger pieces, not a queue.
+                    chunk = await self.response.content.readany()
+            except aiohttp.ClientError as error:
+                raise Broken(_reason(error)) from None
             except TimeoutError:
                 raise Broken(f"the engine sent nothing for {stall_s:g} s") from None
-            except httpx.HTTPError as error:
-                raise Broken(_reason(error)) from None
 
 
 @contextlib.asynccontextmanager
@@ -83,20 +89,25 @@ async def answer(
     broke = 0
     for attempt in range(1, attempts + 1):
         async with contextlib.AsyncExitStack() as stack:
-            replica = await _turn(stack, model, call, tried, metrics)
+            with tracing.step("queue", model=model.name) as span:
+                replica = await _turn(stack, model, call, tried, metrics)
+                span.set_attribute("kvcached.replica", replica.name)
             tried.append(replica)
             try:
+                stack.enter_context(
+                    tracing.step("engine", SpanKind.CLIENT, replica=replica.name, attempt=attempt)
+                )
                 found = await _ask(stack, replica, call)
-            except httpx.HTTPError as error:
+            except aiohttp.ClientError as error:
                 reason = _reason(error)
-                certain = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+                certain = isinstance(error, _NOT_REACHED)
                 replica.failed(reason, settings.health, certain=certain)
                 broke += not certain
                 # It may be what the request asks for that ends engines: not one after another.
                 if attempt == attempts or broke == _MOST_BROKEN:
                     raise _gave_up(model, reason) from None
             else:
-                status = found.response.status_code
+                status = found.response.status
                 others = [r for r in model.replicas if r.available and r not in tried]
                 if attempt == attempts or status not in _TRY_ANOTHER or not others:
                     if status not in _TRY_ANOTHER:
@@ -140,24 +151,15 @@ async def _turn(
 
 async def _ask(stack: contextlib.AsyncExitStack, replica: Replica, call: Call) -> Answer:
     """Send it, and wait for the first bytes of the answer's body."""
-    request = replica.client.build_request(
-        "POST", call.path, headers=call.headers, content=call.prompt.body
-    )
-    response = await replica.client.send(request, stream=True)
-    stack.push_async_callback(_close, response)
-    # As they are on the wire, compressed ones too.
-    rest = response.aiter_raw()
-    return Answer(replica, response, await anext(rest, b""), rest)
-
-
-async def _close(response: httpx.Response) -> None:
+    raw = tracing.onward(call.headers)
+    response = await replica.send(call.path, headers.as_text(raw), call.prompt.body)
     # Also when the request is cancelled: an answer that was not read to its end ends the
     # connection, which tells the engine to stop.
-    with anyio.CancelScope(shield=True):
-        await response.aclose()
+    stack.callback(response.close)
+    return Answer(replica, response, await response.content.readany())
 
 
-def _reason(error: httpx.HTTPError) -> str:
+def _reason(error: aiohttp.ClientError) -> str:
     return str(error) or type(error).__name__
 
 

@@ -9,9 +9,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import anyio
+from opentelemetry.trace import Span
 from starlette.types import Message, Receive, Scope, Send
 
-from . import headers
+from . import headers, tracing
 from .answer import Answer, Broken, Call, answer
 from .body import Disconnected, read_body
 from .errors import ApiError
@@ -64,6 +65,12 @@ class Forward:
         self._router = router
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        identity = scope["state"]["request_id"]
+        with tracing.request(scope["path"], scope["headers"], identity) as span:
+            out = await self._answer(scope, receive, send, span)
+            tracing.answered(span, out.status, complete=out.complete)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, span: Span) -> _Downstream:
         settings = self._router.settings
         arrived = time.monotonic()
         out = _Downstream(send, settings.limits.stall_time)
@@ -72,6 +79,7 @@ class Forward:
             prompt = parse(await read_body(scope, receive, settings.limits))
             model = self._router.model(prompt.model)
             label = model.name
+            span.set_attribute("gen_ai.request.model", label)
             await self._while_connected(
                 receive, lambda: self._serve(scope, model, prompt, out, arrived)
             )
@@ -85,6 +93,7 @@ class Forward:
             metrics.duration.labels(label).observe(time.monotonic() - arrived)
         else:
             metrics.aborted.labels(label).inc()
+        return out
 
     async def _while_connected(
         self, receive: Receive, serve: Callable[[], Awaitable[None]]
@@ -144,8 +153,8 @@ class Forward:
 
     async def _pass_on(self, model: Model, found: Answer, out: _Downstream, arrived: float) -> None:
         metrics = self._router.metrics
-        raw = headers.to_client(found.response.headers.raw)
-        await out.start(found.response.status_code, raw)
+        raw = headers.to_client(found.response.raw_headers)
+        await out.start(found.response.status, raw)
         took = out.began - arrived
         metrics.first_byte.labels(model.name).observe(took)
         if model.settings.ttft is not None and took > model.settings.ttft:
@@ -159,7 +168,7 @@ class Forward:
             metrics.broken.labels(model.name).inc()
             log.warning("%s: %s: %s", model.name, found.replica.name, error)
             found.replica.failed(str(error), self._router.settings.health)
-            kind = found.response.headers.get("content-type", "").encode("latin-1")
+            kind = found.response.headers.get("content-type", "").encode()
             if kind.startswith(_EVENTS) and out.tail.endswith(b"\n\n"):
                 failure = ApiError(
                     502,

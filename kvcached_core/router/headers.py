@@ -80,3 +80,15 @@ def _without(headers: Iterable[tuple[bytes, bytes]], names: frozenset[bytes]) ->
     }
     left_out = names | named
     return [(name, value) for name, value in listed if name.lower() not in left_out]
+
+
+def as_text(raw: RawHeaders) -> list[tuple[str, str]]:
+    """For aiohttp, which encodes them as UTF-8."""
+    return [(name.decode("latin-1"), _text(value)) for name, value in raw]
+
+
+def _text(value: bytes) -> str:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value.decode("latin-1")

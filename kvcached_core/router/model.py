@@ -11,6 +11,7 @@ from collections.abc import Collection, Coroutine, Iterator, Sequence
 from enum import Enum
 from typing import Any
 
+from . import tracing
 from .balance import least_loaded, prefix_affine
 from .engines import EngineError
 from .errors import ApiError, unavailable
@@ -317,7 +318,8 @@ class Model:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._hurry.wait(), left)
         begin = time.monotonic()
-        woken = await self._wake_all()
+        with tracing.step("wake", model=self.name):
+            woken = await self._wake_all()
         if self._state is State.FAILED:
             self.failed_wakes += 1
         elif woken:

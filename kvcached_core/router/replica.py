@@ -10,7 +10,9 @@ import logging
 import ssl
 from collections.abc import Callable, Iterator
 
+import aiohttp
 import httpx
+import yarl
 
 from .engines import Engine, EngineError, connect
 from .gate import Gate
@@ -55,24 +57,45 @@ class Replica:
         """Held while it is put to sleep or woken."""
         self.problem = ""
         """Why it is left out."""
-        self.client = httpx.AsyncClient(
+        # What is asked beside requests.
+        self._control = httpx.AsyncClient(
             base_url=settings.url,
-            headers={"authorization": f"Bearer {key}"} if key else None,
+            headers=self._authorization(key),
             timeout=httpx.Timeout(None, connect=connect_s),
-            limits=httpx.Limits(
-                max_connections=None,
-                max_keepalive_connections=256,
-                keepalive_expiry=_KEEP_IDLE_S,
-            ),
+            limits=httpx.Limits(keepalive_expiry=_KEEP_IDLE_S),
             verify=_tls(),
             # The environment's proxies are not for engines.
             trust_env=False,
             follow_redirects=False,
         )
-        self.engine: Engine = connect(settings, self.client)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_IDLE_S, ssl=_tls()),
+            headers=self._authorization(key),
+            timeout=aiohttp.ClientTimeout(total=None, connect=connect_s),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+            auto_decompress=False,
+            trust_env=False,
+        )
+        self.engine: Engine = connect(settings, self._control)
         self._key = key
         self._failures = 0
         self._look_now = asyncio.Event()
+
+    @staticmethod
+    def _authorization(key: str | None) -> dict[str, str] | None:
+        return {"authorization": f"Bearer {key}"} if key else None
+
+    async def send(
+        self, path: str, headers: list[tuple[str, str]], body: bytes
+    ) -> aiohttp.ClientResponse:
+        """Its answer to a POST, of which only the head is there.
+
+        Raises:
+            aiohttp.ClientError: it was not reached, or ended.
+        """
+        url = yarl.URL(self.settings.url + path, encoded=True)
+        return await self._session.post(url, headers=headers, data=body, allow_redirects=False)
 
     @property
     def awake(self) -> bool:
@@ -179,4 +202,5 @@ class Replica:
         """End its process, if the router runs it, and the connections."""
         if self.supervisor is not None:
             await self.supervisor.stop("it is taken away")
-        await self.client.aclose()
+        await self._control.aclose()
+        await self._session.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import resource
 import signal
 import socket
@@ -12,6 +13,7 @@ import socket
 import uvicorn
 
 from ..config import ConfigError
+from . import tracing
 from .app import make_app
 from .loading import Loaded
 from .router import Router
@@ -24,14 +26,20 @@ def serve(loaded: Loaded) -> None:
 
     Raises:
         OSError: the address cannot be listened on.
+        ConfigError: traces are wanted and cannot be exported.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     # It logs each request to an engine otherwise.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     _allow_many_files()
     listen = loaded.settings.listen
-    with _bind(listen.address, listen.port) as listening:
-        asyncio.run(_run(loaded, listening))
+    end_traces = tracing.configure(os.environ)
+    try:
+        with _bind(listen.address, listen.port) as listening:
+            asyncio.run(_run(loaded, listening))
+    finally:
+        if end_traces is not None:
+            end_traces()
 
 
 async def _run(loaded: Loaded, listening: socket.socket) -> None:

@@ -45,6 +45,8 @@ class Upstream:
     """After its first token a stream waits until so many run."""
     pause_s: float = 0.0
     """Before each token."""
+    padding: int = 0
+    """Bytes that each token is longer."""
     gate: asyncio.Event | None = None
     """Holds every answer until it is set."""
     handler: Handler | None = None
@@ -130,7 +132,7 @@ class Upstream:
                         await self.gate.wait()
                     if self.pause_s:
                         await asyncio.sleep(self.pause_s)
-                    yield event(f"{self.name} {index}")
+                    yield event(f"{self.name} {index}{'x' * self.padding}")
                     if self.running >= self.together:
                         self.all_here.set()
                     if self.together:
@@ -213,10 +215,13 @@ async def serving(app: Any, port: int = 0) -> AsyncIterator[str]:
 
 
 def main() -> None:
-    """Serves an engine in a process of its own: PORT PAUSE_S [TOKENS [TOGETHER]]."""
+    """Serves an engine in a process of its own: PORT PAUSE_S [TOKENS [TOGETHER [PADDING]]]."""
     numbers = [float(text) for text in sys.argv[1:]]
-    port, pause_s, tokens, together = [*numbers, *(0, 0, 1_000_000, 0)[len(numbers) :]]
-    upstream = Upstream(tokens=int(tokens), pause_s=pause_s, together=int(together))
+    defaults = (0, 0, 1_000_000, 0, 0)
+    port, pause_s, tokens, together, padding = [*numbers, *defaults[len(numbers) :]]
+    upstream = Upstream(
+        tokens=int(tokens), pause_s=pause_s, together=int(together), padding=int(padding)
+    )
     where = {"host": "127.0.0.1", "port": int(port)}
     uvicorn.run(upstream.app(), log_level="error", access_log=False, backlog=4096, **where)
 

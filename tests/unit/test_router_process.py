@@ -42,10 +42,14 @@ def many_files() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def process(*args: object, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def process(
+    *args: object, log: Path, env: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("ab") as out:
         command = [sys.executable, "-m", *map(str, args)]
-        started = subprocess.Popen(command, cwd=REPO, stdout=out, stderr=out)
+        started = subprocess.Popen(
+            command, cwd=REPO, stdout=out, stderr=out, env=os.environ | (env or {})
+        )
     try:
         yield started
     finally:
@@ -71,14 +75,14 @@ def until(what: Callable[[], bool], *processes: subprocess.Popen[bytes]) -> None
 
 @contextlib.contextmanager
 def router(
-    tmp_path: Path, settings: dict[str, Any]
+    tmp_path: Path, settings: dict[str, Any], env: dict[str, str] | None = None
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     port = free_port()
     path = tmp_path / "router.yaml"
     path.write_text(json.dumps({"listen": f"127.0.0.1:{port}", **settings}))
     url = f"http://127.0.0.1:{port}"
     log = tmp_path / "router.log"
-    with process("kvcached_core.cli.router", "serve", path, log=log) as started:
+    with process("kvcached_core.cli.router", "serve", path, log=log, env=env) as started:
         until(lambda: get(f"{url}/health")["status"] == "healthy", started)
         yield url, started
 
@@ -138,6 +142,58 @@ def test_a_thousand_streams_at_once(tmp_path: Path) -> None:
                 assert DONE.strip() in answer
             stats = get(f"{url}/traffic/stats/m")["model_stats"]
             assert stats["successful_requests"] == STREAMS
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process has."""
+    pages = int((Path("/proc") / str(pid) / "statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def test_clients_that_do_not_read_cost_nobody_else(tmp_path: Path) -> None:
+    slow = 30
+    flooding = engine(tmp_path, 0, 1_000_000, 0, 16 << 10)
+    with flooding as (endless, flood), engine(tmp_path, 0, 3) as (quick, _):
+        settings = {
+            "limits": {"stall_time": "4s"},
+            "models": [
+                {"name": "m", "replicas": [{"url": endless}]},
+                {"name": "other", "replicas": [{"url": quick}]},
+            ],
+        }
+        with router(tmp_path, settings) as (url, started):
+            ask_other = json.dumps({"model": "other", "prompt": "hi"}).encode()
+            get(f"{url}/v1/completions", ask_other)
+            # More than all of the slow ones may cost.
+            request = urllib.request.Request(f"{url}/v1/completions", STREAM)
+            with urllib.request.urlopen(request, timeout=LONG_S) as answer:
+                assert len(answer.read(2 * slow << 20)) == 2 * slow << 20
+            before = resident(started.pid), resident(flood.pid)
+            host, port = url.removeprefix("http://").split(":")
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: h\r\nContent-Length: {len(STREAM)}\r\n"
+            connections = []
+            for _ in range(slow):
+                connection = socket.create_connection((host, int(port)))
+                connection.sendall(f"{head}\r\n".encode() + STREAM)
+                connections.append(connection)
+            assert all(c.recv(16).startswith(b"HTTP/1.1 200") for c in connections)
+            took = []
+            for _ in range(40):
+                begin = time.monotonic()
+                assert get(f"{url}/v1/completions", ask_other)["choices"]
+                took.append(time.monotonic() - begin)
+                time.sleep(0.05)
+            grew = [resident(started.pid) - before[0], resident(flood.pid) - before[1]]
+            print(f"{slow} that do not read: {[g >> 20 for g in grew]} MiB more in router and "
+                  f"engine, others answered after {sorted(took)[20] * 1e3:.0f} ms, "
+                  f"{max(took) * 1e3:.0f} at most")  # fmt: skip
+            assert max(grew) < slow * (1 << 20)
+            assert max(took) < 1
+            # In the end they are given up, and with them their requests in the engine.
+            health = f"{url}/health/all"
+            until(lambda: get(health)["models"]["m"]["replicas"][0]["requests"] == 0, started)
+            for connection in connections:
+                connection.close()
 
 
 def test_an_engine_is_killed_mid_stream(tmp_path: Path) -> None:
