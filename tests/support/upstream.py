@@ -130,8 +130,8 @@ class Upstream:
                 for index in range(self.tokens):
                     if self.gate is not None:
                         await self.gate.wait()
-                    if self.pause_s:
-                        await asyncio.sleep(self.pause_s)
+                    # Also for no time, or a client that went would not be noticed.
+                    await asyncio.sleep(self.pause_s)
                     yield event(f"{self.name} {index}{'x' * self.padding}")
                     if self.running >= self.together:
                         self.all_here.set()
