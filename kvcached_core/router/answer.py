@@ -137,7 +137,7 @@ async def _turn(
                 await model.ready()
                 replica = model.choose(call.prompt, tried)
                 stack.enter_context(replica.loaded())
-                ticket = Ticket(call.arrived, due, work)
+                ticket = Ticket(call.arrived, due, work, model.name)
                 await stack.enter_async_context(replica.gate.turn(ticket))
         except TimeoutError:
             raise unavailable(

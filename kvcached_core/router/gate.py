@@ -12,14 +12,25 @@ from dataclasses import dataclass, field
 from .deadlines import next_job
 from .settings import GpuSettings
 
+_NEWEST = 0.2
+"""Weight of the newest measurement among those of how long requests run."""
+
 
 @dataclass(eq=False, slots=True)
 class Ticket:
     """A request's place in a queue; times are of the monotonic clock."""
 
     arrived: float
-    due: float
-    work: float
+    objective: float
+    """When its first token should be out."""
+    first_s: float
+    """Seconds until that once it runs."""
+    kind: str = ""
+    """Requests of one kind take about the same time."""
+    due: float = field(init=False, default=0.0)
+    """When the queue should have done with it."""
+    work: float = field(init=False, default=0.0)
+    """Seconds for which it keeps the queue from going on."""
     turn: asyncio.Future[None] = field(init=False)
 
 
@@ -31,6 +42,8 @@ class Gate:
         self.running = 0
         self._settings = settings
         self._waiting: list[Ticket] = []
+        self._runs: dict[str, float] = {}
+        """Seconds that requests of a kind ran lately."""
 
     @property
     def waiting(self) -> int:
@@ -73,15 +86,34 @@ class Gate:
     async def turn(self, ticket: Ticket) -> AsyncIterator[None]:
         """Wait for a turn, and hold it for the block."""
         await self.enter(ticket)
+        began = time.monotonic()
         try:
             yield
         finally:
+            self._learn(ticket.kind, time.monotonic() - began)
             self.leave()
+
+    def _learn(self, kind: str, ran: float) -> None:
+        before = self._runs.get(kind, ran)
+        self._runs[kind] = before + _NEWEST * (ran - before)
+
+    def _plan(self, ticket: Ticket) -> None:
+        """Tell when the queue must have done with a request for its first token to be in time.
+
+        A place is free again when its request has been answered in full, and there are several: so
+        a request holds the queue up by what it runs, divided by the places. The first token is out
+        earlier, or later, than that, by which the time it is due moves.
+        """
+        runs = self._runs.get(ticket.kind, ticket.first_s)
+        ticket.work = runs / self._settings.max_running
+        ticket.due = ticket.objective - ticket.first_s + ticket.work
 
     def _admit(self) -> None:
         while self.running < self._settings.max_running:
             # Those whose request was cancelled this moment have not left the queue yet.
             waiting = [ticket for ticket in self._waiting if not ticket.turn.done()]
+            for each in waiting:
+                self._plan(each)
             ticket = next_job(waiting, time.monotonic(), self._settings.order)
             if ticket is None:
                 return

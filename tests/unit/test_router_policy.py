@@ -7,12 +7,15 @@ import asyncio
 import itertools
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcached_core.router import gate as gate_module
 from kvcached_core.router.balance import BOUND, least_loaded, prefix_affine
 from kvcached_core.router.deadlines import next_job, schedule
 from kvcached_core.router.errors import ApiError
@@ -169,7 +172,7 @@ def test_any_body_is_read_or_refused(data: dict[str, object]) -> None:
 
 
 def ticket(due: float, work: float = 0.0, arrived: float = 0.0) -> Ticket:
-    return Ticket(arrived=arrived, due=due, work=work)
+    return Ticket(arrived, due, work)
 
 
 def run_gate(order: str) -> list[str]:
@@ -201,6 +204,81 @@ def run_gate(order: str) -> list[str]:
 def test_the_order_of_a_queue_can_be_chosen() -> None:
     assert run_gate("slack") == ["soon", "later"]
     assert run_gate("fifo") == ["later", "soon"]
+
+
+@pytest.mark.parametrize(
+    ("objectives", "order"),
+    [
+        # All are in time if the long one, which holds the queue up for 10 s, starts last.
+        ({"long": 6.0, "a": 8.0, "b": 9.0}, ["a", "b", "long"]),
+        # It cannot be in time without making the others late.
+        ({"long": 1.5, "a": 1.2, "b": 3.0}, ["a", "b", "long"]),
+        ({"long": 1.5, "a": 20.0, "b": 30.0}, ["long", "a", "b"]),
+    ],
+)
+def test_a_queue_knows_how_long_requests_run(
+    objectives: dict[str, float], order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First tokens are equally soon out, but answers of "long" take 20 s and others 2 s."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(gate_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    async def main() -> list[str]:
+        gate = Gate("g", GpuSettings(max_running=2))
+        for kind, seconds in (("long", 20), ("a", 2), ("b", 2)):
+            async with gate.turn(Ticket(0, 1e12, 0.1, kind)):
+                clock.now += seconds
+        for _ in range(2):
+            await gate.enter(Ticket(0, 0, 0))
+        done: list[str] = []
+
+        async def one(kind: str, objective: float) -> None:
+            async with gate.turn(Ticket(clock.now, clock.now + objective, 0.1, kind)):
+                done.append(kind)
+
+        tasks = [asyncio.create_task(one(*entry)) for entry in objectives.items()]
+        await asyncio.sleep(0)
+        gate.leave()
+        await asyncio.gather(*tasks)
+        return done
+
+    assert asyncio.run(main()) == order
+
+
+@dataclass(frozen=True)
+class Request:
+    objective: int
+    first: int
+    kind: str
+
+
+requests = st.lists(
+    st.builds(Request, st.integers(0, 40), st.integers(0, 3), st.sampled_from("abc")), max_size=6
+)
+
+
+@given(requests, st.tuples(*[st.integers(3, 20)] * 3))
+def test_no_order_of_a_queue_has_more_first_tokens_in_time(
+    found: list[Request], runs: tuple[int, int, int]
+) -> None:
+    """First tokens come while a request runs, and the next one begins when it has ended."""
+    gate = Gate("g", GpuSettings(max_running=1))
+    seconds = dict(zip("abc", runs, strict=True))
+    for kind, ran in seconds.items():
+        gate._learn(kind, ran)
+    tickets = [Ticket(0, each.objective, each.first, each.kind) for each in found]
+    for each in tickets:
+        gate._plan(each)
+
+    def met(order: Iterable[Ticket]) -> int:
+        now = in_time = 0
+        for each in order:
+            in_time += now + each.first_s <= each.objective
+            now += seconds[each.kind]
+        return in_time
+
+    kept, missed = schedule(tickets, 0)
+    assert met([*kept, *missed]) == len(kept) == max(map(met, itertools.permutations(tickets)))
 
 
 @pytest.mark.parametrize("granted", [False, True])
