@@ -19,7 +19,9 @@ _TIMES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 
 class Metrics:
     """Counters and times; what is a state is read from the models when asked for."""
 
-    def __init__(self, models: Callable[[], Iterable[Model]]) -> None:
+    def __init__(
+        self, models: Callable[[], Iterable[Model]], faults: Callable[[], int] = lambda: 0
+    ) -> None:
         self._registry = CollectorRegistry()
         self.requests = Counter(
             f"{_PREFIX}requests",
@@ -36,7 +38,7 @@ class Metrics:
         self.queue_time = self._times("queue_seconds", "From arrival to a replica, wake included")
         self.first_byte = self._times("first_byte_seconds", "From arrival to the first byte")
         self.duration = self._times("request_seconds", "From arrival to the end of the answer")
-        self._registry.register(_States(models))
+        self._registry.register(_States(models, faults))
 
     def text(self) -> bytes:
         """What ``/metrics`` answers."""
@@ -51,8 +53,9 @@ class Metrics:
 
 
 class _States(Collector):
-    def __init__(self, models: Callable[[], Iterable[Model]]) -> None:
+    def __init__(self, models: Callable[[], Iterable[Model]], faults: Callable[[], int]) -> None:
         self._models = models
+        self._faults = faults
 
     def collect(self) -> Iterator[Metric]:
         models = list(self._models())
@@ -96,3 +99,25 @@ class _States(Collector):
                 load.add_metric([model.name, replica.name], replica.load)
         yield healthy
         yield load
+        yield from self._engines(models)
+
+    def _engines(self, models: list[Model]) -> Iterator[Metric]:
+        labels = ["model", "replica"]
+        up = GaugeMetricFamily(f"{_PREFIX}engine_up", "1 when ready", labels=labels)
+        starts = CounterMetricFamily(f"{_PREFIX}engine_starts", "Processes started", labels=labels)
+        crashes = CounterMetricFamily(
+            f"{_PREFIX}engine_crashes", "Times it ended unasked", labels=labels
+        )
+        for model in models:
+            for replica in model.replicas:
+                supervisor = replica.supervisor
+                if supervisor is not None:
+                    names = [model.name, replica.name]
+                    up.add_metric(names, float(supervisor.ready))
+                    starts.add_metric(names, supervisor.starts)
+                    crashes.add_metric(names, supervisor.crashes)
+        faults = CounterMetricFamily(
+            f"{_PREFIX}mps_faults", "Faults of one client that ended others"
+        )
+        faults.add_metric([], self._faults())
+        yield from (up, starts, crashes, faults)

@@ -34,10 +34,11 @@ class Router:
     def __init__(self, loaded: Loaded, guard: MpsGuard | None = None) -> None:
         self.started_at = time.time()
         self.models: dict[str, Model] = {}
-        self.metrics = Metrics(lambda: self.models.values())
         self.reloads = 0
         self._loaded = loaded
-        self._launcher = Launcher(lambda: self.settings, guard or MpsGuard())
+        guard = guard or MpsGuard()
+        self.metrics = Metrics(lambda: self.models.values(), lambda: guard.faults)
+        self._launcher = Launcher(lambda: self.settings, guard)
         self._gates: dict[str, Gate] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._watchers: dict[Replica, asyncio.Task[None]] = {}

@@ -69,6 +69,12 @@ def test_a_killed_engine_is_started_again(tmp_path: Path) -> None:
             assert [answer.status_code for answer in answers] == [200] * 20
             supervisor = s.supervisor()
             assert (supervisor.starts, supervisor.crashes) == (2, 1)
+            series = (await s.client.get("/metrics")).text
+            url = s.router.models["m"].replicas[0].name
+            for name, value in (("starts_total", 2), ("crashes_total", 1), ("up", 1)):
+                labels = f'{{model="m",replica="{url}"}}'
+                assert f"kvcached_router_engine_{name}{labels} {value}.0" in series
+            assert "kvcached_router_mps_faults_total 0.0" in series
             assert s.pid() != first
 
     run(main)
