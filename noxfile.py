@@ -43,7 +43,7 @@ CORE += [
 CORE += ["opentelemetry-sdk>=1.26", "opentelemetry-exporter-otlp-proto-http>=1.26"]
 TEST = ["pytest>=8", "pytest-timeout", "hypothesis", "numpy", "tomli; python_version < '3.11'"]
 # What the router's tests ask it with.
-TEST += ["openai", "schemathesis>=4"]
+TEST += ["openai", "schemathesis>=4", "playwright"]
 SANITIZERS = ("address,undefined", "thread")
 JOBS = str(min(os.cpu_count() or 1, 8))
 

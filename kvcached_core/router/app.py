@@ -14,8 +14,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from . import page
 from .errors import ApiError
 from .front import Forward
+from .memory import Memory
 from .middleware import Authentication, RequestIds
 from .operate import Operations
 from .router import Router
@@ -40,6 +42,8 @@ def make_app(router: Router) -> Starlette:
         routes=[
             *(Route(path, forward, methods=["POST"]) for path in FORWARDED),
             *Operations(router).routes(),
+            *Memory(lambda: router.settings.ledger_dir).routes(),
+            *page.routes(),
         ],
         middleware=[Middleware(RequestIds), Middleware(Authentication, router=router)],
         exception_handlers={

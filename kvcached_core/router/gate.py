@@ -46,6 +46,10 @@ class Gate:
         """Seconds that requests of a kind ran lately."""
 
     @property
+    def settings(self) -> GpuSettings:
+        return self._settings
+
+    @property
     def waiting(self) -> int:
         """Requests in the queue."""
         return len(self._waiting)

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import headers
+from . import headers, page
 from .errors import ApiError
 from .router import Router
 
-OPEN = frozenset(("/health",))
-"""For probes of load balancers, which have no key."""
+OPEN = frozenset(("/health",)) | page.PATHS
+"""For probes of load balancers, which have no key, and for the page that asks for one."""
 _ADMIN = ("/action/", "/admin/")
 
 
@@ -45,7 +47,7 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN:
-            error = self._refusal(scope)
+            error = _foreign(scope) or self._refusal(scope)
             if error is not None:
                 await _answer(send, error)
                 return
@@ -67,6 +69,16 @@ class Authentication:
         how = "send one as 'Authorization: Bearer KEY'"
         said = "this is not a known API key" if presented else "an API key is needed"
         return ApiError(401, f"{said}: {how}", "authentication_error", "invalid_api_key")
+
+
+def _foreign(scope: Scope) -> ApiError | None:
+    """Refuse what a browser sends for somebody else's page, which may press no button here."""
+    origin = headers.find(scope["headers"], b"origin")
+    if origin is None or not scope["path"].startswith(_ADMIN):
+        return None
+    if urlsplit(origin).netloc == headers.find(scope["headers"], b"host"):
+        return None
+    return ApiError(403, f"pages of {origin[:100]} may not do this", code="foreign_origin")
 
 
 def _presented(scope: Scope) -> str | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .memory import Order
 from .traffic import LONGEST_WINDOW_S
 
 _ERROR = {
@@ -69,6 +70,8 @@ _GET: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "/traffic/stats/{model}": ("Requests of a model", [_WINDOW]),
     "/sleep/status": ("Who sleeps", []),
     "/sleep/candidates": ("Who could sleep", []),
+    "/state": ("Models with their engines, and queues", []),
+    "/memory": ("What engines hold of their devices' memory", []),
     "/v1/models": ("Models as OpenAI lists them", []),
     "/v1/models/{model}": ("One model", []),
 }
@@ -93,6 +96,7 @@ def describe(models: Sequence[str]) -> dict[str, Any]:
         paths[path] = {"get": _operation(path, summary, query, name)}
     for path, summary in _POST.items():
         paths[path] = {"post": _operation(path, summary, [], name)}
+    paths["/action/memory"] = {"post": _order()}
     text = {"200": {"description": "series", "content": {"text/plain": {"schema": _TEXT}}}}
     paths["/metrics"] = {"get": {"summary": "Series for Prometheus", "responses": text}}
     return {
@@ -122,6 +126,15 @@ def _forwarded(summary: str, properties: dict[str, Any], name: dict[str, Any]) -
     body = {"required": True, "content": {"application/json": {"schema": schema}}}
     answers: dict[str, Any] = {"application/json": {}, "text/event-stream": {}}
     good = {"description": "the engine's answer, as it came", "content": answers}
+    responses = {"200": good, "default": _failure()}
+    return {"summary": summary, "requestBody": body, "responses": responses}
+
+
+def _order() -> dict[str, Any]:
+    schema = Order.model_json_schema()
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    good = {"description": "done", "content": {"application/json": {"schema": {"type": "object"}}}}
+    summary = "Have a member hold less, or at most so much; 409 if it is refused"
     responses = {"200": good, "default": _failure()}
     return {"summary": summary, "requestBody": body, "responses": responses}
 

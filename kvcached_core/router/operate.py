@@ -43,6 +43,7 @@ class Operations:
             "/health/{model:path}": self.model_health,
             "/get_server_info": self.server_info,
             "/metrics": self.metrics,
+            "/state": self.state,
             "/openapi.json": self.openapi,
             "/models": self.models,
             "/models/idle": self.idle_models,
@@ -90,6 +91,26 @@ class Operations:
             "reloads": router.reloads,
         }
         return JSONResponse(info)
+
+    async def state(self, _: Request) -> Response:
+        """What the web page shows beside memory."""
+        router = self._router
+        queues = [
+            {
+                "name": gate.name,
+                "order": gate.settings.order,
+                "max_running": gate.settings.max_running,
+                "running": gate.running,
+                "waiting": gate.waiting,
+            }
+            for gate in router.gates
+        ]
+        answer = {
+            "uptime_seconds": time.time() - router.started_at,
+            "models": [_state(model) for model in self._models()],
+            "queues": queues,
+        }
+        return JSONResponse(answer)
 
     async def metrics(self, _: Request) -> Response:
         return Response(self._router.metrics.text(), media_type=CONTENT_TYPE)
@@ -282,6 +303,16 @@ def _replica_health(replica: Replica) -> dict[str, Any]:
             "crashes": supervisor.crashes,
         }
     return health
+
+
+def _state(model: Model) -> dict[str, Any]:
+    return _health(model) | {
+        "name": model.name,
+        "pending": model.pending,
+        "waiting": model.waiting,
+        "rate": model.traffic.rate(_WINDOW_S),
+        "idle": model.traffic.idle_s,
+    }
 
 
 def _describe(model: Model) -> dict[str, Any]:

@@ -55,6 +55,11 @@ class Router:
     def admin_keys(self) -> Keys:
         return self._loaded.admin_keys
 
+    @property
+    def gates(self) -> list[Gate]:
+        """The queues that are in use."""
+        return list(self._gates.values())
+
     def model(self, name: str) -> Model:
         """The model of that name.
 

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from ..cli.values import parse_address, parse_duration
-from ..config import Bytes
+from ..config import Bytes, default_ledger_dir
 from .keys import KeySource
 
 Seconds = Annotated[float, BeforeValidator(lambda value: parse_duration(str(value)))]
@@ -286,6 +286,8 @@ class RouterSettings(_Settings):
     limits: LimitSettings = LimitSettings()
     health: HealthSettings = HealthSettings()
     gpus: dict[str, GpuSettings] = {}
+    ledger_dir: Path = Field(default_factory=default_ledger_dir)
+    """Of the engines' memory, for the web page: their ``KVCACHED_LEDGER_DIR``."""
     models: list[ModelSettings] = Field(min_length=1)
 
     @field_validator("listen", mode="before")

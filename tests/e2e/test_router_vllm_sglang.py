@@ -59,6 +59,7 @@ def settings(models: Models, folder: Path) -> dict[str, Any]:
     cold = {"kind": "cold", "at_start": True}
     return {
         "listen": f"127.0.0.1:{free_port()}",
+        "ledger_dir": str(folder / "ledger"),
         "gpus": {"host": {"mps": False, "parallel_starts": 2}},
         "health": {"interval": "1s"},
         "models": [
@@ -257,6 +258,40 @@ def test_many_streams_at_once(site: Site) -> None:
 
     texts = asyncio.run(main())
     assert all(texts) and len(set(texts)) > STREAMS // 2, "each got the answer to its own prompt"
+
+
+def test_the_page_shows_what_engines_hold(site: Site) -> None:
+    client = site.openai
+    body: Any = {"model": "alpha", "max_tokens": 1200, "extra_body": {"ignore_eos": True}}
+    streams = [client.completions.create(**body, prompt=[i] * 900, stream=True) for i in range(9)]
+    for stream in streams:
+        next(stream)
+    (ledger,) = site.get("/memory")["ledgers"]
+    (alpha,) = (member for member in ledger["members"] if member["name"] == "alpha")
+    # 2 KiB of KV a token, of 9 prompts and what has come.
+    assert alpha["leased_bytes"] > 9 * 900 * 2048
+    target = os.environ.get("KVCACHED_SCREENSHOT")
+    if target:  # for the docs
+        from playwright.sync_api import sync_playwright
+
+        with sync_playwright() as playwright:
+            args = ["--no-sandbox"] if os.geteuid() == 0 else []
+            browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=args)
+            page = browser.new_page(viewport={"width": 1240, "height": 700})
+            page.goto(site.url)
+            page.wait_for_selector("#memory :text('alpha')")
+            page.screenshot(path=target, full_page=True)
+            browser.close()
+    for stream in streams:
+        stream.close()
+    order = {"ledger": ledger["key"], "member": "alpha", "do": "limit", "value": "20MiB"}
+    done = httpx.post(f"{site.url}/action/memory", json=order, timeout=30, trust_env=False)
+    assert done.json()["success"], done.text
+    (ledger,) = site.get("/memory")["ledgers"]
+    (alpha,) = (member for member in ledger["members"] if member["name"] == "alpha")
+    assert alpha["leased_bytes"] <= alpha["limit_bytes"] == 20 * MIB
+    done = httpx.post(f"{site.url}/action/memory", json={**order, "value": "none"}, trust_env=False)
+    assert done.status_code == 200
 
 
 def test_the_engines_bench_client(site: Site, models: Models, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from kvcached_core.router.app import FORWARDED
+from kvcached_core.router.memory import Memory
 from kvcached_core.router.openapi import describe
 from kvcached_core.router.operate import Operations
 from tests.unit.test_router_process import engine, get, router
@@ -39,7 +41,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with engine(folder, 0, 3) as (upstream, _):
         names = ["plain", "org/with-a-slash"]
         models = [{"name": name, "replicas": [{"url": upstream}]} for name in names]
-        with router(folder, {"models": models}) as (found, _):
+        memory = {"ledger_dir": str(folder)}
+        with router(folder, {"models": models, **memory}) as (found, _):
             yield found
 
 
@@ -76,7 +79,8 @@ def test_everything_there_is_is_described() -> None:
         for method in item
     }
     there = {(path, "POST") for path in FORWARDED}
-    for route in Operations(None).routes():  # type: ignore[arg-type]
+    routes = Operations(None).routes() + Memory(Path).routes()  # type: ignore[arg-type]
+    for route in routes:
         there |= {(route.path, method) for method in (route.methods or ()) if method != "HEAD"}
     assert there == described | {("/openapi.json", "GET")}
 
