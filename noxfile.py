@@ -32,7 +32,18 @@ BUILD = ["cmake>=3.22", "ninja", "nanobind>=2.4", "scikit-build-core>=0.11"]
 LINT = ["ruff==0.17.5", "mypy==2.4.1", "clang-format==23.1.5"]
 # What the core's modules import, for mypy.
 CORE = ["pydantic>=2", "nvidia-ml-py", "typer", "rich", "prometheus-client"]
+CORE += [
+    "starlette>=0.40",
+    "uvicorn>=0.30",
+    "aiohttp>=3.10",
+    "httpx>=0.27",
+    "anyio>=4.4",
+    "pyyaml>=6",
+]
+CORE += ["opentelemetry-sdk>=1.26", "opentelemetry-exporter-otlp-proto-http>=1.26"]
 TEST = ["pytest>=8", "pytest-timeout", "hypothesis", "numpy", "tomli; python_version < '3.11'"]
+# What the router's tests ask it with.
+TEST += ["openai", "schemathesis>=4", "playwright"]
 SANITIZERS = ("address,undefined", "thread")
 JOBS = str(min(os.cpu_count() or 1, 8))
 
@@ -224,7 +235,7 @@ def _core(session: nox.Session) -> None:
     # A build folder of the session's own: the checkout's may belong to another Python.
     options = ("--no-build-isolation", f"--config-settings=build-dir={work / 'build'}")
     # Editable, or the sources in the current folder would hide the installed package.
-    session.install(*options, "--editable", ".")
+    session.install(*options, "--editable", ".[router,tracing]")
     make = ("pip", "wheel", "--no-deps", *options, "--wheel-dir", str(wheels), ".")
     session.run("python", "-m", *make)
     clean = work / "venv"

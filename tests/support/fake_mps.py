@@ -2,7 +2,8 @@
 """Stands in for `nvidia-cuda-mps-control`: the same processes, files and questions, and no GPU.
 
 `FAKE_MPS` in its environment makes it fail: `refuses` (does not start), `stuck` (answers nothing).
-Its servers and their clients are read from `servers.json` in the log directory. With the name
+Its servers and their clients are read from `servers.json` in the log directory, and what it says of
+their state from `state`. With the name
 `nvidia-cuda-mps-server` it is a server, which does nothing.
 """
 
@@ -66,7 +67,8 @@ def _answer(words: list[str], log: Path) -> str:
         return "".join(f"{pid}\n" for pid in servers)
     if words[0] == "get_client_list":
         return "".join(f"{pid}\n" for pid in servers[words[1]])
-    return "ACTIVE\n"
+    state = log / "state"
+    return state.read_text() if state.exists() else "ACTIVE\n"
 
 
 def main() -> None:

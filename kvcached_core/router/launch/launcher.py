@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All engines that one router runs, and what they share: ports, turns to start, MPS."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+
+from ..model import Model
+from ..replica import Replica
+from ..settings import GpuSettings, RouterSettings
+from .command import command, environment
+from .mps_guard import MpsGuard
+from .supervisor import Hooks, Place, Supervisor
+
+
+class Launcher:
+    """Makes supervisors, and ends what they run."""
+
+    def __init__(self, settings: Callable[[], RouterSettings], guard: MpsGuard) -> None:
+        self.guard = guard
+        self._settings = settings
+        self._ports: dict[int, asyncio.Lock] = {}
+        self._turns: dict[tuple[str, int], asyncio.Semaphore] = {}
+        self._replicas: list[Replica] = []
+
+    def equip(self, model: Model, replica: Replica) -> Supervisor:
+        """Give a replica that is to be launched a supervisor, which starts nothing yet."""
+        launch = replica.settings.launch
+        assert launch is not None
+        engine = replica.engine
+
+        def make() -> tuple[list[str], dict[str, str]]:
+            gpu = self._gpu(replica)
+            secrets = _secrets(self._settings())
+            env = environment(model.settings, replica.settings, gpu, os.environ, secrets)
+            return command(model.settings, replica.settings), env
+
+        async def probe(timeout: float) -> None:
+            await engine.check(timeout, asleep=replica.asleep is not False)
+
+        supervisor = Supervisor(
+            f"{model.name} on port {launch.port}",
+            launch,
+            Place(self._ports.setdefault(launch.port, asyncio.Lock()), self._turn(replica)),
+            Hooks(
+                make,
+                probe,
+                # A model that sleeps is started by the request that wakes it.
+                restart=lambda: replica.asleep is not True,
+                changed=replica.process_changed,
+            ),
+        )
+        replica.launch_with(supervisor, lambda: model.settings.sleep.kind)
+        self.guard.join(supervisor, lambda: self._gpu(replica))
+        self._replicas.append(replica)
+        return supervisor
+
+    def arrange(self, replicas: list[Replica]) -> None:
+        """Take the order of the configuration."""
+        self.guard.arrange([r.supervisor for r in replicas if r.supervisor is not None])
+
+    def forget(self, replica: Replica) -> None:
+        """Note that one was closed for good."""
+        if replica.supervisor is not None:
+            self._replicas.remove(replica)
+            self.guard.leave(replica.supervisor)
+
+    async def stop(self) -> None:
+        """End all engines, and MPS if that was started for them."""
+        supervisors = [r.supervisor for r in self._replicas if r.supervisor is not None]
+        await asyncio.gather(*(supervisor.stop("the router ends") for supervisor in supervisors))
+        await self.guard.stop()
+
+    def _gpu(self, replica: Replica) -> GpuSettings:
+        name = replica.settings.gpu
+        found = self._settings().gpus.get(name) if name is not None else None
+        return found if found is not None else GpuSettings()
+
+    def _turn(self, replica: Replica) -> asyncio.Semaphore:
+        parallel = self._gpu(replica).parallel_starts
+        name = replica.settings.gpu or replica.name
+        return self._turns.setdefault((name, parallel), asyncio.Semaphore(parallel))
+
+
+def _secrets(settings: RouterSettings) -> set[str]:
+    """Variables with keys of the router's clients."""
+    return {key.env for key in (*settings.keys, *settings.admin_keys) if key.env is not None}
