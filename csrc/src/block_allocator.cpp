@@ -225,7 +225,9 @@ Status BlockAllocator::allocate_beside(int64_t n, int64_t beside, std::vector<in
     return invalid("allocate: there is no block " + std::to_string(beside) + " to be beside");
   }
   blocks.reserve(blocks.size() + n);
-  if (beside != 0 && !clean_.empty(home(beside))) n -= take_from(home(beside), n, blocks);
+  if (n > 0 && beside != 0 && !clean_.empty(home(beside))) {
+    n -= take_from(home(beside), n, blocks);
+  }
   while (n > 0) {
     const int64_t bucket = buckets_.empty(0) ? used_buckets_.last() : 0;
     n -= take_from(buckets_.head(bucket), n, blocks);
@@ -240,7 +242,7 @@ int64_t BlockAllocator::clean_beside(int64_t block) const {
   return count;
 }
 
-// Up to n of a page's clean blocks, of which there is one at least; how many.
+// Up to n, one at least, of a page's clean blocks, of which there is one at least; how many.
 int64_t BlockAllocator::take_from(int32_t page, int64_t n, std::vector<int32_t>& blocks) {
   leave_bucket(page);
   int64_t taken = 0;
