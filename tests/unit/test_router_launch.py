@@ -178,6 +178,24 @@ def test_a_cold_model_is_started_once_by_many_and_ended_when_idle(tmp_path: Path
     run(main)
 
 
+@pytest.mark.parametrize("kind", ["cold", "engine"])
+def test_a_start_that_takes_longer_than_idleness_is_not_cut_short(
+    tmp_path: Path, kind: str
+) -> None:
+    async def main() -> None:
+        words = ["sh", "-c", 'sleep 1; exec "$@"', "sh", *UPSTREAM, "0"]
+        sleep = {"kind": kind, "after": "200ms"}
+        async with site(tmp_path, one(launch(tmp_path, command=words), sleep=sleep)) as s:
+            states = []
+            while not states or states[-1] != "asleep":
+                states.append(s.router.models["m"].state.value)
+                await asyncio.sleep(0.02)
+            assert "active" in states, "it slept once it had been ready for that long"
+            assert s.supervisor().starts == 1
+
+    run(main)
+
+
 def test_a_cold_wake_that_fails_leaves_it_asleep(tmp_path: Path) -> None:
     async def main() -> None:
         flag = tmp_path / "may-start"
