@@ -21,6 +21,7 @@ from kvcached_core.router.launch.process import EngineProcess
 from kvcached_core.router.settings import GpuSettings, ModelSettings, RestartSettings
 from tests.support.launched import LONG_S, REPO, UPSTREAM, launch, run, site, until
 from tests.support.server import free_port
+from tests.unit.test_router_process import STREAM, ask, get, router
 
 NO_MPS = {"gpus": {"0": {"mps": False, "parallel_starts": 2}}}
 
@@ -317,13 +318,29 @@ def test_a_command_that_does_not_exist(tmp_path: Path) -> None:
     run(main)
 
 
+def test_a_stop_finishes_what_is_in_flight_and_ends_engines(tmp_path: Path) -> None:
+    with router(tmp_path, one(launch(tmp_path, 0.02, 40))) as (url, process):
+        pids = []
+
+        def stop(line: bytes) -> None:
+            if b"engine 2" in line and not pids:
+                health = get(f"{url}/health/m")["health"]["replicas"][0]
+                pids.append(health["process"]["pid"])
+                process.send_signal(signal.SIGTERM)
+
+        answer = asyncio.run(asyncio.wait_for(ask(url, STREAM, stop), LONG_S))
+        assert answer.count(b"data: ") == 41
+        assert process.wait(timeout=LONG_S) in (0, -signal.SIGTERM)
+        assert pids and not lives(pids[0])
+
+
 def test_a_killed_router_takes_its_engines_with_it(tmp_path: Path) -> None:
     port, own = free_port(), free_port()
     settings = {"listen": own, **one(launch(tmp_path, port=port))}
     path = tmp_path / "router.yaml"
     path.write_text(json.dumps(settings))
     with (tmp_path / "router.log").open("wb") as out:
-        router = subprocess.Popen(
+        killed = subprocess.Popen(
             [sys.executable, "-m", "kvcached_core.cli.router", "serve", str(path)],
             cwd=REPO, stdout=out, stderr=out,
         )  # fmt: skip
@@ -335,12 +352,12 @@ def test_a_killed_router_takes_its_engines_with_it(tmp_path: Path) -> None:
 
         end = time.monotonic() + LONG_S
         while not engines():
-            assert router.poll() is None and time.monotonic() < end
+            assert killed.poll() is None and time.monotonic() < end
             time.sleep(0.05)
-        router.kill()
+        killed.kill()
         while engines():
             assert time.monotonic() < end
             time.sleep(0.05)
     finally:
-        router.kill()
-        router.wait()
+        killed.kill()
+        killed.wait()
