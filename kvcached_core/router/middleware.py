@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -47,11 +48,27 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN:
-            error = _foreign(scope) or self._refusal(scope)
+            error = self._foreign(scope) or self._refusal(scope)
             if error is not None:
                 await _answer(send, error)
                 return
         await self._app(scope, receive, send)
+
+    def _foreign(self, scope: Scope) -> ApiError | None:
+        """Refuse what a browser sends for somebody else's page, which may press no button here."""
+        origin = headers.find(scope["headers"], b"origin")
+        if origin is None or not scope["path"].startswith(_ADMIN):
+            return None
+        host = headers.find(scope["headers"], b"host") or ""
+        same = origin.partition("://")[2] == host
+        # A name of somebody else's can be made to lead here; where a key is needed that is no use.
+        if same and (self._router.keys or _is_plain(host)):
+            return None
+        return ApiError(
+            403,
+            f"pages of {origin[:100]} may not do this without an API key",
+            code="foreign_origin",
+        )
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         keys, admin_keys = self._router.keys, self._router.admin_keys
@@ -71,14 +88,13 @@ class Authentication:
         return ApiError(401, f"{said}: {how}", "authentication_error", "invalid_api_key")
 
 
-def _foreign(scope: Scope) -> ApiError | None:
-    """Refuse what a browser sends for somebody else's page, which may press no button here."""
-    origin = headers.find(scope["headers"], b"origin")
-    if origin is None or not scope["path"].startswith(_ADMIN):
-        return None
-    if urlsplit(origin).netloc == headers.find(scope["headers"], b"host"):
-        return None
-    return ApiError(403, f"pages of {origin[:100]} may not do this", code="foreign_origin")
+def _is_plain(host: str) -> bool:
+    """Whether this is an address, or this machine's own name for itself."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
 
 
 def _presented(scope: Scope) -> str | None:

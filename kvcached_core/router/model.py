@@ -189,7 +189,7 @@ class Model:
     def sleeps_when_idle(self) -> bool:
         """Whether it is due to be put to sleep."""
         after = self.settings.sleep.after
-        return after is not None and self._state is State.ACTIVE and self.traffic.idle_s >= after
+        return after is not None and self.state is State.ACTIVE and self.traffic.idle_s >= after
 
     async def sleep(self, *, by_hand: bool) -> None:
         """Put it to sleep, or see it to the end of falling asleep.

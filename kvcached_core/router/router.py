@@ -26,6 +26,7 @@ from .settings import GpuSettings, ModelSettings, RouterSettings
 log = logging.getLogger(__name__)
 _IDLE_LOOK_S = 1.0
 _DRAIN_LOOK_S = 0.05
+_START_LOOK_S = 0.2
 
 
 class Router:
@@ -152,7 +153,7 @@ class Router:
             self._launch(model, fresh, asleep=sleep.at_start and sleep.kind == "cold")
             model.learn(self.settings.health.timeout)
             if sleep.at_start and sleep.kind == "engine":
-                self._spawn(_sleep_at_start(model), f"sleep {model.name}")
+                self._spawn(self._sleep_at_start(model), f"sleep {model.name}")
         else:
             for replica in known.values():
                 self._retire(model, replica)
@@ -210,6 +211,15 @@ class Router:
                 log.warning("%s: a replica stays asleep: %s", model.name, error)
             await replica.pause(self.settings.health)
 
+    async def _sleep_at_start(self, model: Model) -> None:
+        while not any(replica.available for replica in model.replicas):
+            await asyncio.sleep(_START_LOOK_S)
+            if self.models.get(model.name) is not model:
+                return
+        # Busy: somebody asks for it already.
+        with contextlib.suppress(Busy):
+            await model.sleep(by_hand=False)
+
     async def _watch_idle(self) -> None:
         while True:
             afters = [
@@ -226,14 +236,6 @@ class Router:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-async def _sleep_at_start(model: Model) -> None:
-    while not any(replica.available for replica in model.replicas):
-        await asyncio.sleep(_IDLE_LOOK_S)
-    # Busy: somebody asks for it already.
-    with contextlib.suppress(Busy):
-        await model.sleep(by_hand=False)
 
 
 async def _put_to_sleep(model: Model) -> None:

@@ -81,6 +81,10 @@ def test_little_is_enough(tmp_path: Path) -> None:
     assert loaded.settings.models[0].sleep.after is None
 
 
+def launched(settings: str) -> str:
+    return f"models:\n  - name: m\n    replicas: [{{launch: {settings}}}]\n"
+
+
 @pytest.mark.parametrize(
     ("text", "where", "said"),
     [
@@ -120,6 +124,20 @@ def test_little_is_enough(tmp_path: Path) -> None:
          "  - name: m\n    replicas: [{url: 'http://i'}]\n", "4:11", "is a model 'm' already"),
         ("models:\n  - name: m\n    replicas:\n      - url: http://h\n        key: {sha256: '"
          + "0" * 64 + "'}\n", "5:14", "a hash cannot be sent"),
+        (launched("{port: 9}"), "3:25", "write exactly one of 'model' and 'command'"),
+        (launched("{port: 9, model: a, command: b}"), "3:25", "exactly one of 'model' and 'comm"),
+        (launched("{port: 9, command: ''}"), "3:25", "'command' is the whole command"),
+        (launched("{model: a}"), "3:25", "models[0].replicas[0].launch.port is missing: add it"),
+        (launched("{port: x, model: a}"), "3:32", "valid integer"),
+        (launched("{port: 70000, model: a}"), "3:32", "less than or equal to 65535"),
+        (launched("{port: 8080, model: a}"), "3:32", "port 8080 is in use by this file already"),
+        (launched("{port: 9, modl: a}"), "3:35", "launch.modl: did you mean 'model'?"),
+        (launched("{port: 9, model: a, restart: {dely: 1}}"), "3:55", "did you mean 'delay'?"),
+        (launched("{port: 9, model: a, env: {A: [1]}}"), "3:54", "launch.env.A: "),
+        (launched("{port: 9, model: a}, url: 'http://h'"), "3:16", "leave 'url' out"),
+        (model("    sleep: {kind: cold}\n"), "2:5", "replicas[0] is not: give it 'launch'"),
+        (model("    sleep: {at_start: true}\n"), "2:5", "replicas[0] is not: give it 'launch'"),
+        (model("gpus: {a: {mps: maybe}}\n"), "4:17", "gpus.a.mps"),
     ],
 )  # fmt: skip
 def test_a_mistake_has_a_place(tmp_path: Path, text: str, where: str, said: str) -> None:

@@ -21,6 +21,7 @@ from kvcached_core.router.launch.process import EngineProcess
 from kvcached_core.router.settings import GpuSettings, ModelSettings, RestartSettings
 from tests.support.launched import LONG_S, REPO, UPSTREAM, launch, run, site, until
 from tests.support.server import free_port
+from tests.unit.test_router_process import STREAM, ask, get, router
 
 NO_MPS = {"gpus": {"0": {"mps": False, "parallel_starts": 2}}}
 
@@ -178,6 +179,24 @@ def test_a_cold_model_is_started_once_by_many_and_ended_when_idle(tmp_path: Path
     run(main)
 
 
+@pytest.mark.parametrize("kind", ["cold", "engine"])
+def test_a_start_that_takes_longer_than_idleness_is_not_cut_short(
+    tmp_path: Path, kind: str
+) -> None:
+    async def main() -> None:
+        words = ["sh", "-c", 'sleep 1; exec "$@"', "sh", *UPSTREAM, "0"]
+        sleep = {"kind": kind, "after": "200ms"}
+        async with site(tmp_path, one(launch(tmp_path, command=words), sleep=sleep)) as s:
+            states = []
+            while not states or states[-1] != "asleep":
+                states.append(s.router.models["m"].state.value)
+                await asyncio.sleep(0.02)
+            assert "active" in states, "it slept once it had been ready for that long"
+            assert s.supervisor().starts == 1
+
+    run(main)
+
+
 def test_a_cold_wake_that_fails_leaves_it_asleep(tmp_path: Path) -> None:
     async def main() -> None:
         flag = tmp_path / "may-start"
@@ -265,7 +284,7 @@ def test_a_command_is_made_from_the_settings() -> None:
         "--port", "8001", "--served-model-name", "n", "--enable-sleep-mode",
         "--x", "8001 n", "--y", "2",
     ]  # fmt: skip
-    base = {"PATH": "/bin", "ROUTER_KEY": "secret"}
+    base = {"PATH": "/bin", "ROUTER_KEY": "secret", "CUDA_MPS_PIPE_DIRECTORY": "/elsewhere"}
     env = environment(model, replica, GpuSettings(device=1), base, {"ROUTER_KEY"})  # type: ignore
     assert env == {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "1", "VLLM_SERVER_DEV_MODE": "1",
                    "A": "8001", "ENABLE_KVCACHED": "true", "N": "3"}  # fmt: skip
@@ -299,13 +318,29 @@ def test_a_command_that_does_not_exist(tmp_path: Path) -> None:
     run(main)
 
 
+def test_a_stop_finishes_what_is_in_flight_and_ends_engines(tmp_path: Path) -> None:
+    with router(tmp_path, one(launch(tmp_path, 0.02, 40))) as (url, process):
+        pids = []
+
+        def stop(line: bytes) -> None:
+            if b"engine 2" in line and not pids:
+                health = get(f"{url}/health/m")["health"]["replicas"][0]
+                pids.append(health["process"]["pid"])
+                process.send_signal(signal.SIGTERM)
+
+        answer = asyncio.run(asyncio.wait_for(ask(url, STREAM, stop), LONG_S))
+        assert answer.count(b"data: ") == 41
+        assert process.wait(timeout=LONG_S) in (0, -signal.SIGTERM)
+        assert pids and not lives(pids[0])
+
+
 def test_a_killed_router_takes_its_engines_with_it(tmp_path: Path) -> None:
     port, own = free_port(), free_port()
     settings = {"listen": own, **one(launch(tmp_path, port=port))}
     path = tmp_path / "router.yaml"
     path.write_text(json.dumps(settings))
     with (tmp_path / "router.log").open("wb") as out:
-        router = subprocess.Popen(
+        killed = subprocess.Popen(
             [sys.executable, "-m", "kvcached_core.cli.router", "serve", str(path)],
             cwd=REPO, stdout=out, stderr=out,
         )  # fmt: skip
@@ -317,12 +352,12 @@ def test_a_killed_router_takes_its_engines_with_it(tmp_path: Path) -> None:
 
         end = time.monotonic() + LONG_S
         while not engines():
-            assert router.poll() is None and time.monotonic() < end
+            assert killed.poll() is None and time.monotonic() < end
             time.sleep(0.05)
-        router.kill()
+        killed.kill()
         while engines():
             assert time.monotonic() < end
             time.sleep(0.05)
     finally:
-        router.kill()
-        router.wait()
+        killed.kill()
+        killed.wait()

@@ -172,10 +172,20 @@ def test_orders_that_are_refused(site: Site, order: Any, status: int, said: str)
 
 
 def test_other_pages_press_no_buttons(site: Site) -> None:
-    for origin, status in (("http://evil.example", 403), ("null", 403), (site.url, 404)):
-        headers = {"origin": origin}
-        url = f"{site.url}/action/sleep/nobody"
-        assert httpx.post(url, headers=headers, trust_env=False).status_code == status
+    url = f"{site.url}/action/sleep/nobody"
+    port = site.url.rpartition(":")[2]
+    for origin, host, status in (
+        ("http://evil.example", f"127.0.0.1:{port}", 403),
+        ("null", f"127.0.0.1:{port}", 403),
+        ("http://[", "[", 403),
+        # A name that its owner made lead to this machine.
+        ("http://evil.example:81", "evil.example:81", 403),
+        (site.url, f"127.0.0.1:{port}", 404),
+        (f"http://localhost:{port}", f"localhost:{port}", 404),
+        (f"http://[::1]:{port}", f"[::1]:{port}", 404),
+    ):
+        headers = {"origin": origin, "host": host}
+        assert httpx.post(url, headers=headers, trust_env=False).status_code == status, origin
 
 
 def test_the_page_has_nothing_from_elsewhere(site: Site) -> None:

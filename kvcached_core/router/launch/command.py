@@ -45,7 +45,12 @@ def environment(
         secrets: variables that are the router's business alone.
     """
     launch = _launch(replica)
-    env = {name: value for name, value in base.items() if name not in secrets}
+    # Whether it is a client of MPS is decided for each engine, and not by who started the router.
+    env = {
+        name: value
+        for name, value in base.items()
+        if name not in secrets and not name.startswith("CUDA_MPS_")
+    }
     if gpu is not None and gpu.device is not None:
         env["CUDA_VISIBLE_DEVICES"] = gpu.device
     if replica.engine == "vllm" and sleeps_by_itself(model):

@@ -40,6 +40,12 @@ class Launcher:
         async def probe(timeout: float) -> None:
             await engine.check(timeout, asleep=replica.asleep is not False)
 
+        def changed() -> None:
+            replica.process_changed()
+            if replica.available:
+                # The time in which it started is none of idleness.
+                model.traffic.touch()
+
         supervisor = Supervisor(
             f"{model.name} on port {launch.port}",
             launch,
@@ -49,7 +55,7 @@ class Launcher:
                 probe,
                 # A model that sleeps is started by the request that wakes it.
                 restart=lambda: replica.asleep is not True,
-                changed=replica.process_changed,
+                changed=changed,
             ),
         )
         replica.launch_with(supervisor, lambda: model.settings.sleep.kind)
