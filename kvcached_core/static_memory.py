@@ -50,6 +50,15 @@ class StaticMemory:
         self._beside: int | None = None
         self._published = registered
         self._looked_at = 0.0
+        self._away = 0
+
+    def set_away(self, num_bytes: int) -> None:
+        """So much of what the framework's allocator holds has no memory now.
+
+        The ledger is told by the scheduler half, which has room for what comes back first.
+        """
+        self._published -= num_bytes - self._away
+        self._away = num_bytes
 
     def refresh(self, committed: int) -> None:
         """Look again, at most every 100 ms.
@@ -68,7 +77,7 @@ class StaticMemory:
             self._beside = max(0, outside)
             grown = max(0, reserved - self._reserved_before)
             self._registered -= self._graphs - min(self._graphs, grown)
-        held = max(self._registered, reserved) + self._beside
+        held = max(self._registered, reserved) + self._beside - self._away
         if held != self._published:
             self._publish(held)
             self._published = held
