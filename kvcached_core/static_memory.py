@@ -73,7 +73,8 @@ class StaticMemory:
         reserved = self._reserved()
         if self._beside is None:  # once: the driver takes its time to answer
             total = self._process()
-            outside = _CONTEXT_BYTES if total is None else total - reserved - committed
+            mapped = reserved - self._away
+            outside = _CONTEXT_BYTES if total is None else total - mapped - committed
             self._beside = max(0, outside)
             grown = max(0, reserved - self._reserved_before)
             self._registered -= self._graphs - min(self._graphs, grown)
@@ -83,14 +84,20 @@ class StaticMemory:
             self._published = held
 
 
-def follow_static(arena: WorkerArena, device: RankDevice, graphs: int = 0) -> StaticMemory:
-    """Follows this process on ``device``, whose KV cache is ``arena``; see `StaticMemory`."""
+def follow_static(
+    arena: WorkerArena, device: RankDevice, graphs: int = 0, *, moved: int = 0
+) -> StaticMemory:
+    """Follows this process on ``device``, whose KV cache is ``arena``; see `StaticMemory`.
+
+    Args:
+        moved: bytes of weights that the framework's allocator no longer holds.
+    """
     usage = open_usage(device)
     # The engine has it loaded; the core itself does without.
     cuda = sys.modules["torch"].cuda
     return StaticMemory(
         device.static_bytes,
-        lambda: int(cuda.memory_reserved()),
+        lambda: int(cuda.memory_reserved()) + moved,
         lambda: None if usage is None else usage.process_bytes(os.getpid()),
         arena.set_static,
         graphs,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where engines have their weights: in memory of ours on the host, in their own pool on a GPU."""
+"""Where engines have their weights: moved into memory of ours, or in a pool of their own."""
 
 from __future__ import annotations
 
@@ -10,20 +10,27 @@ from typing import Any
 from .._core import Arena, Backend, Geometry, PagePool
 from .weights_copy import Part
 
-_PAGE = 2 << 20
+_SMALL_PAGE = 2 << 20
+_LARGE_PAGE = 32 << 20
+_LARGE = 1 << 30
+"""Bytes from which on pages are large: a wake pays for each of them."""
 _ALIGNED = 64
 """Tensors begin at multiples of this, for vector loads."""
+_EMPTY_EVERY = 1 << 30
+"""Bytes moved until the framework gives back what they had."""
 
 
-class HostMemory:
-    """Tensors of a model on the host, moved into a range of ours so that they can be unmapped.
+class MovedMemory:
+    """Tensors of a model, moved into a range of ours so that they can be unmapped.
+
+    One storage after the other: beside the tensors only a page and a little more is needed.
 
     Args:
-        backend: the host.
+        backend: the device on which they are.
         tensors: parameters or buffers; those that share memory go on sharing it.
 
     Raises:
-        MemoryError: there is no room for a second copy of them.
+        MemoryError: there is no room.
     """
 
     def __init__(self, backend: Backend, tensors: Iterable[Any]) -> None:
@@ -32,11 +39,13 @@ class HostMemory:
             storage = tensor.untyped_storage()
             if storage.nbytes():
                 storages.setdefault(storage.data_ptr(), (storage, []))[1].append(tensor)
+        found = list(storages.values())
+        storages.clear()
         offsets, size = [], 0
-        for storage, _ in storages.values():
+        for storage, _ in found:
             offsets.append(size)
             size += -(-storage.nbytes() // _ALIGNED) * _ALIGNED
-        page = max(_PAGE, backend.granularity)
+        page = max(_SMALL_PAGE if size < _LARGE else _LARGE_PAGE, backend.granularity)
         pages = -(-size // page)
         self.parts: Sequence[Part] = ()
         self._blocks = [(1, 1 + pages)]
@@ -45,21 +54,36 @@ class HostMemory:
         # Block 0 of an arena is always there; it is left out.
         pool = PagePool(backend, page, 0)
         self._arena = Arena(backend, pool, Geometry(page, page, 1 + pages))
-        self.back()
         self.parts = (Part(self._arena.base + page, pages * page),)
         torch = sys.modules["torch"]
         memory = torch.from_dlpack(self._arena.dlpack([(1 + pages) * page], [1], "uint8", 0))
-        for offset, (storage, views) in zip(offsets, storages.values(), strict=True):
-            moved = memory[page + offset : page + offset + storage.nbytes()]
-            moved.copy_(torch.tensor([], dtype=torch.uint8).set_(storage))
+        committed, emptied_at = 1, 0
+        found.reverse()
+        for offset in offsets:
+            storage, views = found.pop()
+            begin = page + offset
+            end = begin + storage.nbytes()
+            needed = -(-end // page)
+            if needed > committed:
+                if not self._arena.commit([(committed, needed)]):
+                    raise MemoryError("there is no memory to move the weights to")
+                committed = needed
+            bytes_of = torch.tensor([], dtype=torch.uint8, device=views[0].device)
+            memory[begin:end].copy_(bytes_of.set_(storage))
             for view in views:
-                typed = torch.tensor([], dtype=view.dtype).set_(
-                    moved.untyped_storage(),
-                    (page + offset) // view.element_size() + view.storage_offset(),
+                view.data = torch.tensor([], dtype=view.dtype, device=view.device).set_(
+                    memory.untyped_storage(),
+                    begin // view.element_size() + view.storage_offset(),
                     view.size(),
                     view.stride(),
                 )
-                view.data = typed
+            del storage, views, view, bytes_of
+            if memory.is_cuda and offset - emptied_at > _EMPTY_EVERY:
+                emptied_at = offset
+                torch.cuda.empty_cache()
+        if memory.is_cuda:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
 
     def back(self) -> None:
         """Have memory behind all of it.
@@ -69,7 +93,7 @@ class HostMemory:
             VmmError: likewise, the system refused.
         """
         if self._blocks[0][1] > 1 and not self._arena.commit(self._blocks):
-            raise MemoryError("the host has no memory for the weights")
+            raise MemoryError("the device has no memory for the weights")
 
     def drop(self) -> None:
         """Give all of it back."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._core import Backend
 from ..config import Config
-from .memory import HostMemory, PoolMemory
+from .memory import MovedMemory, PoolMemory
 from .weights_copy import Part, WeightsCopy, fingerprint
 from .worker_sleep import Group, WorkerSleep
 
@@ -96,9 +96,9 @@ def worker_sleep(
 
     if cumem is None:
         return WorkerSleep(
-            group(HostMemory(backend, model.parameters()), fingerprint(*identity)),
+            group(MovedMemory(backend, model.parameters()), fingerprint(*identity)),
             # A reload computes no buffers, so they are kept by every level, as on a GPU.
-            {"weights": group(HostMemory(backend, model.buffers()), None)},
+            {"weights": group(MovedMemory(backend, model.buffers()), None)},
         )
 
     def pool(tag: str) -> PoolMemory:

@@ -60,7 +60,7 @@ class Group:
         if self.asleep:
             return
         self._backend.fence()
-        self._finish()
+        self.finish()
         if keep:
             self._copy.save(self._memory.parts)
         else:
@@ -94,11 +94,12 @@ class Group:
         if self.asleep:
             return
         self._backend.fence()
-        self._finish()
+        self.finish()
         self._memory.drop()
         self.asleep = True
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Wait for the content of the latest wake."""
         if self._restoring:
             self._backend.finish_copies()
             self._restoring = False
@@ -179,6 +180,11 @@ class WorkerSleep:
         for tag, group, _ in self._groups:
             if tags is None or tag in tags:
                 group.sleep_again()
+
+    def finish(self) -> None:
+        """Wait for all content of the latest wake."""
+        for _, group, _ in self._groups:
+            group.finish()
 
     def close(self) -> None:
         for _, group, _ in self._groups:

@@ -19,7 +19,7 @@ from tests.support.elastic import check_account
 from tests.support.engines import engine_environment
 from tests.support.prompts import Prompt, equal_prompts
 from tests.support.server import Answer, burst
-from tests.support.sleeper import MIB, Sleeper, account
+from tests.support.sleeper import MIB, Sleeper, account, page_bytes, resident_bytes
 from tests.support.watch import LedgerWatch, wait_until
 
 pytestmark = pytest.mark.timeout(600)
@@ -49,12 +49,18 @@ def _right(answer: Answer) -> Answer:
     return answer
 
 
-def _sleeper(name: str, models: Models, folder: Path, capacity: int = CAPACITY) -> Sleeper:
+def _sleeper(
+    name: str,
+    models: Models,
+    folder: Path,
+    capacity: int = CAPACITY,
+    extra: tuple[str, ...] = (),
+) -> Sleeper:
     return Sleeper(
         name,
         models.llama,
         folder,
-        SERVER_ARGS,
+        (*SERVER_ARGS, *extra),
         capacity=str(capacity),
         wake_wait_ms=str(WAKE_WAIT_MS),
     )
@@ -97,18 +103,18 @@ def test_a_hundred_cycles(alone: Alone) -> None:
             assert now.static == 0
             # All but the null block's pages.
             assert now.leased == now.committed <= 256 << 10
-            pages = pages or server.page_bytes()
-            assert server.page_bytes() == pages, f"cycle {cycle}"
+            pages = pages or page_bytes(server)
+            assert page_bytes(server) == pages, f"cycle {cycle}"
             if cycle == 10:
-                resident = server.resident_bytes()
+                resident = resident_bytes(server)
             server.wake()
             assert not server.sleeping
-            assert server.page_bytes() == pages + awake.static
+            assert page_bytes(server) == pages + awake.static
             assert account(ledger, server.name).static == awake.static
             assert alone.ask() == alone.tokens, f"cycle {cycle}"
     check_account(watch)
     server.sleep()
-    assert server.resident_bytes() < resident + 16 * MIB
+    assert resident_bytes(server) < resident + 16 * MIB
 
 
 def test_requests_that_arrive_meanwhile_wait_as_in_the_engine(alone: Alone) -> None:
@@ -220,6 +226,28 @@ def test_killed_in_its_sleep_it_holds_nothing(models: Models, tmp_path: Path) ->
         # Two groups of memory, and none of the dead one's files.
         assert len(list((tmp_path / "weights").iterdir())) == 2
         server.wake()
+    finally:
+        server.stop()
+
+
+def test_two_ranks_sleep_and_wake_alike(models: Models, tmp_path: Path) -> None:
+    server = _sleeper("ranks", models, tmp_path, extra=("--tensor-parallel-size=2",))
+    prompts = equal_prompts(3, 200, 17)
+    try:
+        server.start().wait_ready()
+        ledger = Ledger(tmp_path / "ledger" / "host-0.ledger")
+        awake = account(ledger, "ranks")
+        expected = [_right(a).tokens for a in burst(server, prompts, 16)]
+        for level in (1, 2, 1):
+            server.sleep(level)
+            assert account(ledger, "ranks").static == 0
+            other = ledger.join("greedy")
+            assert other.lease(ledger.available())
+            assert server.try_wake()[0] == 503
+            other.leave()
+            server.wake()
+            assert account(ledger, "ranks").static == awake.static
+            assert [_right(a).tokens for a in burst(server, prompts, 16)] == expected
     finally:
         server.stop()
 

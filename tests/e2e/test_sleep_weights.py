@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kvcached_core._core import FaultyBackend, HostBackend, VmmError
-from kvcached_core.sleep.host_file import HostFile, sweep
-from kvcached_core.sleep.memory import HostMemory
+from kvcached_core.sleep.host_file import HostFile
+from kvcached_core.sleep.memory import MovedMemory
 from kvcached_core.sleep.weights_copy import WeightsCopy
 from kvcached_core.sleep.worker_sleep import Group, WorkerSleep
-
-torch = pytest.importorskip("torch")
 
 MIB = 1 << 20
 
@@ -42,7 +41,7 @@ class Rank:
         self.groups = [
             Group(
                 self.backend,
-                HostMemory(self.backend, tensors),
+                MovedMemory(self.backend, tensors),
                 WeightsCopy(self.backend, directory, group_key, resident=False),
             )
             for tensors, group_key in ((self.weights, key), (self.buffers, None))
@@ -86,7 +85,7 @@ def test_a_sleep_gives_the_memory_back(rank: Rank, level: int) -> None:
 _TOUCHES = """
 import sys
 from pathlib import Path
-from tests.unit.test_sleep import Rank
+from tests.e2e.test_sleep_weights import Rank
 rank = Rank(Path(sys.argv[1]))
 rank.sleep.sleep(1)
 rank.weights[1].sum()
@@ -184,46 +183,4 @@ def test_a_full_directory_says_what_to_do(rank: Rank, tmp_path: Path) -> None:
     assert rank.sleep.away() == 0 and rank.intact()
     with pytest.raises(OSError, match="KVCACHED_WEIGHTS_DIR"):
         HostFile.create(tmp_path, 1 << 50)
-    assert not list(tmp_path.iterdir())
-
-
-_KILLED = """
-import os, sys
-from pathlib import Path
-from kvcached_core.sleep.host_file import HostFile
-file = HostFile.create(Path(sys.argv[1]), 4096)
-if sys.argv[2] == "published":
-    file.publish("key")
-print("ready", flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.mark.parametrize("state", ["draft", "published"])
-def test_what_the_killed_leave_is_swept(tmp_path: Path, state: str) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", _KILLED, str(tmp_path), state],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdin is not None and process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
-    sweep(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1, "it is in use"
-    process.kill()
-    process.communicate()
-    sweep(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_file_of_another_size_is_not_taken(tmp_path: Path) -> None:
-    file = HostFile.create(tmp_path, 8192)
-    file.publish("key")
-    assert HostFile.open(tmp_path, "key", 4096) is None
-    assert HostFile.open(tmp_path, "other", 8192) is None
-    again = HostFile.open(tmp_path, "key", 8192)
-    assert again is not None
-    file.close()
-    assert again.path.exists(), "still in use"
-    again.close()
     assert not list(tmp_path.iterdir())
