@@ -17,6 +17,12 @@ _Op = Literal[
     "zero",
     "fence",
     "memory_info",
+    "upload",
+    "download",
+    "finish_copies",
+    "copies_before",
+    "pin",
+    "unpin",
 ]
 _Code = Literal["out_of_memory", "invalid_argument", "not_supported", "driver", "lost"]
 
@@ -40,6 +46,26 @@ class Backend:
 
     def fence(self) -> None:
         """Wait for all device work this process issued before the call."""
+
+    def upload(self, to: int, from_: int, bytes: int) -> None:
+        """Queue a copy from host memory to mapped addresses; both stay until it is finished."""
+
+    def download(self, to: int, from_: int, bytes: int) -> None:
+        """Queue a copy from mapped addresses to host memory."""
+
+    def finish_copies(self) -> None:
+        """Wait for all copies queued so far."""
+
+    def copies_before(self, stream: int) -> None:
+        """Have what is issued on a stream from now on wait for the copies queued so far."""
+
+    def pin(self, memory: int, bytes: int) -> None:
+        """Lock host memory, so that copies run at the bus's speed. A no-op on the host."""
+
+    def unpin(self, memory: int) -> None: ...
+
+def same_bytes(a: int, b: int, bytes: int) -> bool:
+    """Whether two ranges of host memory are equal."""
 
 @final
 class HostBackend(Backend):
@@ -499,6 +525,16 @@ class Member:
         """ValueError if more than is leased; nothing changes then. Rings for those who wait."""
 
     def add_committed(self, delta: int) -> None: ...
+    def add_static(self, delta: int) -> None:
+        """VmmError if less than nothing would be left."""
+
+    def adopt(self, other: Member, bytes: int) -> None:
+        """Make bytes that another member of this process leased and committed static ones of this.
+
+        At once, so that nobody ever sees them twice or not at all. ValueError if the other has not
+        leased so many; nothing changes then.
+        """
+
     def set_parked(self, bytes: int) -> None: ...
     def set_cached(self, bytes: int) -> None: ...
     def set_static(self, bytes: int) -> None: ...

@@ -53,6 +53,11 @@ def default_ledger_dir() -> Path:
     return root / f"kvcached-{os.getuid()}"
 
 
+def default_disk_dir() -> Path:
+    """A directory of this user's where temporary files go."""
+    return Path(tempfile.gettempdir()) / f"kvcached-{os.getuid()}"
+
+
 def default_host_capacity() -> int:
     """Half of this machine's memory: an engine's weights and buffers need the rest."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
@@ -97,12 +102,26 @@ class Config(BaseModel):
     """Ceiling that MPS puts on a process's whole memory of each GPU; ``None`` for none."""
     start_wait_ms: int = Field(default=30_000, ge=0)
     """How long a starting engine waits for its first page while others give memory back."""
+    wake_wait_ms: int = Field(default=30_000, ge=0)
+    """How long an engine that is to wake waits for room while others give memory back."""
+    weights_dir: Path | None = None
+    """Where weights lie while an engine sleeps; ``None`` takes ``weights`` beside the ledgers on a
+    GPU, and a folder on disk on the host."""
     retry_ms: int = Field(default=60_000, ge=0)
     """How long a worker waits for a foreign process that holds leased memory."""
     capacity: Bytes = Field(default_factory=default_host_capacity, gt=0)
     """Host backend only: bytes all engines share."""
     host_name: str = Field(default="0", pattern=r"^[A-Za-z0-9_.-]{1,32}$")
     """Host backend only: which host ledger (``host-<name>.ledger``)."""
+
+    def weights_path(self, kind: str) -> Path:
+        """Where the weights of a device of this kind lie while an engine sleeps."""
+        if self.weights_dir is not None:
+            return self.weights_dir
+        # In memory, from which a device reads at the bus's speed; but the host's own weights would
+        # not have left it there.
+        root = self.ledger_dir if kind != "host" else default_disk_dir()
+        return root / "weights"
 
     @classmethod
     def load(

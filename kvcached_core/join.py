@@ -13,6 +13,7 @@ from .config import Config, ConfigError
 from .devices import defaults, open_usage, prepare_ledger_dir
 from .plan import ArenaShape, RankDevice, WorkerBinding
 from .scheduler import ElasticScheduler
+from .sleep.engine_sleep import EngineSleep
 from .units import format_size
 from .usage import DeviceUsage
 
@@ -143,6 +144,8 @@ def join(
         )
     except MemoryError as error:
         raise ConfigError(_explain(error, accounts)) from None
+    keys = [device.key for device in devices]
+    scheduler.sleep = EngineSleep(scheduler, memberships, keys, config.wake_wait_ms / 1000)
     return Joined(scheduler, bindings, config, devices, memberships)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._core import BlockAllocator
 from .accounts import Account, Accounts
@@ -25,6 +25,9 @@ from .pool import CachedBlocks, Pool, geometry_of
 from .pools import Pools
 from .usage import DeviceUsage
 from .watcher import Watcher
+
+if TYPE_CHECKING:
+    from .sleep.engine_sleep import EngineSleep
 
 __all__ = ["CachedBlocks", "ElasticScheduler", "Pool", "geometry_of"]
 
@@ -117,6 +120,8 @@ class ElasticScheduler:
         self._running: Sequence[Request] = ()
         self._waiting: Sequence[Request] = ()
         self._forecasts: list[Forecast] = []
+        self.sleep: EngineSleep | None = None
+        """Keeps the account while the engine's weights go and come."""
         self._demand = Demand(self.accounts, self.pools)
         self._orders = Orders(self.accounts)
         self.refresh_usage(force=True)
@@ -328,6 +333,22 @@ class ElasticScheduler:
         for account, num_bytes in zip(self.accounts, gone, strict=True):
             if num_bytes:
                 account.member.count("reclaimed_bytes", num_bytes)
+
+    def give_all(self) -> StepOps:
+        """A pass that gives back all that no request uses, and takes nothing: for an idle engine.
+
+        Returns:
+            What its workers decommit.
+        """
+        self.begin_pass()
+        for index, pool in enumerate(self.pools):
+            if pool.cache is not None:
+                pool.cache.sweep()
+                if pool.num_cached:
+                    self._note("keep", 0, index)
+                    pool.cache.evict_down_to(0)
+            self._shrink(index, pool.allocator.parked_pages)
+        return self.take_ops(0)
 
     def yield_to(self, short: Sequence[int], needed: Sequence[int]) -> bool:
         """Let pools that are not short give up what those that are lack: a member is never asked

@@ -23,6 +23,7 @@ from .plan import ArenaShape, RankDevice, StepOps, WorkerBinding
 from .scheduler import CachedBlocks, ElasticScheduler, geometry_of
 from .sglang_checks import check_backends, check_model, check_supported, load_config
 from .sglang_load import PoolKind, States, Tokens, load_of, pool_tokens
+from .sleep.sglang import SglangSleep, weights_of
 from .static_memory import StaticMemory, follow_static
 from .tree_eviction import nodes_to_evict
 from .waker import Waker
@@ -84,9 +85,10 @@ class SglangRank:
         server_args: the engine's arguments.
         ordinal: device ordinal as this process sees it; ignored on the CPU.
         ranks: the ranks that schedule alike; all make theirs at the same time.
-        own_bytes: held on the device now: the weights.
+        own_bytes: held on the device by the framework, weights included that are to be moved.
         num_pools: pools there will be.
         is_rocm: whether a ``cuda`` device is a ROCm device.
+        model: if the engine is to sleep, whose weights are moved to where they can.
     """
 
     def __init__(
@@ -98,9 +100,16 @@ class SglangRank:
         own_bytes: int = 0,
         num_pools: int = 1,
         is_rocm: bool = False,
+        model: Any = None,
     ) -> None:
         self.config = load_config(server_args)
         self.kind = "host" if server_args.device == "cpu" else "hip" if is_rocm else "cuda"
+        self.sleep: SglangSleep | None = None
+        """What the engine's memory saver does here; None without one."""
+        if model is not None:
+            place = (ranks.rank, ranks.size)
+            weights = weights_of(server_args, self.config, self.kind, ordinal, model, place)
+            self.sleep = SglangSleep(self, ranks, weights)
         self.order = PassOrder()
         self._backend: Backend = open_backend(self.kind, ordinal, self.config)
         self._ranks = ranks
@@ -131,7 +140,8 @@ class SglangRank:
 
     def _size(self, fraction: float, own_bytes: int, num_pools: int) -> tuple[int, int]:
         if self.kind == "host":
-            most, static = self.config.capacity // self._ranks.size, 0
+            static = 0 if self.sleep is None else self.sleep.num_bytes
+            most = self.config.capacity // self._ranks.size - static
         else:
             # As on an empty device: neighbours give memory back. What the engine leaves for
             # activations and graphs is counted as its own.
@@ -212,7 +222,8 @@ class SglangRank:
         own = bindings[begin : begin + len(shapes)]
         arenas = [WorkerArena(self._backend, binding) for binding in own]
         if self.kind != "host" and self._static is None:
-            self._static = follow_static(arenas[0], self._describe())
+            moved = 0 if self.sleep is None else self.sleep.num_bytes
+            self._static = follow_static(arenas[0], self._describe(), moved=moved)
         if self._leader is None:
             all_shapes = {shape for _, theirs in found for shape in theirs}
             distinct = sorted(all_shapes, key=lambda s: s.block_bytes * s.segments, reverse=True)
@@ -302,6 +313,9 @@ class SglangRank:
         """
         if self._leader is None or received is None:
             return received
+        if self.asleep:
+            self._look()  # orders are acknowledged; nothing is taken
+            return received
         # In the same passes on every rank: what is freed at once is reused in another order than
         # what is freed one after the other.
         self.land()
@@ -317,6 +331,31 @@ class SglangRank:
         if self._ranks.size > 1 and (self.order.acts or replace(before, acts=()) != self.order):
             return [*received, self.order]
         return received
+
+    def note_away(self, num_bytes: int) -> None:
+        """So many bytes of this rank's weights are not on the device now."""
+        if self._static is not None:
+            self._static.set_away(num_bytes)
+
+    @property
+    def asleep(self) -> bool:
+        """Whether requests have to wait until the engine is resumed."""
+        return self.sleep is not None and self.sleep.asleep
+
+    def give_all(self) -> None:
+        """Give all KV memory back that no request uses; on every rank at the same time."""
+        self.land()
+        if self._leader is not None:
+            scheduler = self._leader.scheduler
+            scheduler.journal = []
+            ops = scheduler.give_all()
+            self._ranks.broadcast(PassOrder(tuple(scheduler.journal)))
+        else:
+            assert self._replica is not None
+            ops = self._replica.repeat(self._ranks.broadcast(None))
+        for pool, theirs in zip(self._pools, (ops, *ops.others), strict=True):
+            for arena in pool.arenas:
+                arena.apply_now(theirs)
 
     def _kinds(self) -> list[PoolKind]:
         """What the pools are, with what is held of them now."""
@@ -409,6 +448,8 @@ class SglangRank:
             for arena in pool.arenas:
                 arena.close()
         self._pools = []
+        if self.sleep is not None:
+            self.sleep.close()
 
 
 def _chunk(server_args: Any) -> int | None:

@@ -49,9 +49,6 @@ def check_supported(server_args: Any) -> None:
         "speculative decoding has a second KV cache; drop --speculative-algorithm": (
             a.speculative_algorithm is not None
         ),
-        "the memory saver pauses the whole KV cache; drop --enable-memory-saver": (
-            a.enable_memory_saver
-        ),
         "unified memory lays out the KV cache itself; drop --enable-unified-memory": (
             a.enable_unified_memory
         ),

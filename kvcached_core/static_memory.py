@@ -50,6 +50,15 @@ class StaticMemory:
         self._beside: int | None = None
         self._published = registered
         self._looked_at = 0.0
+        self._away = 0
+
+    def set_away(self, num_bytes: int) -> None:
+        """So much of what the framework's allocator holds has no memory now.
+
+        The ledger is told by the scheduler half, which has room for what comes back first.
+        """
+        self._published -= num_bytes - self._away
+        self._away = num_bytes
 
     def refresh(self, committed: int) -> None:
         """Look again, at most every 100 ms.
@@ -64,24 +73,31 @@ class StaticMemory:
         reserved = self._reserved()
         if self._beside is None:  # once: the driver takes its time to answer
             total = self._process()
-            outside = _CONTEXT_BYTES if total is None else total - reserved - committed
+            mapped = reserved - self._away
+            outside = _CONTEXT_BYTES if total is None else total - mapped - committed
             self._beside = max(0, outside)
             grown = max(0, reserved - self._reserved_before)
             self._registered -= self._graphs - min(self._graphs, grown)
-        held = max(self._registered, reserved) + self._beside
+        held = max(self._registered, reserved) + self._beside - self._away
         if held != self._published:
             self._publish(held)
             self._published = held
 
 
-def follow_static(arena: WorkerArena, device: RankDevice, graphs: int = 0) -> StaticMemory:
-    """Follows this process on ``device``, whose KV cache is ``arena``; see `StaticMemory`."""
+def follow_static(
+    arena: WorkerArena, device: RankDevice, graphs: int = 0, *, moved: int = 0
+) -> StaticMemory:
+    """Follows this process on ``device``, whose KV cache is ``arena``; see `StaticMemory`.
+
+    Args:
+        moved: bytes of weights that the framework's allocator no longer holds.
+    """
     usage = open_usage(device)
     # The engine has it loaded; the core itself does without.
     cuda = sys.modules["torch"].cuda
     return StaticMemory(
         device.static_bytes,
-        lambda: int(cuda.memory_reserved()),
+        lambda: int(cuda.memory_reserved()) + moved,
         lambda: None if usage is None else usage.process_bytes(os.getpid()),
         arena.set_static,
         graphs,

@@ -19,8 +19,11 @@ from .devices import describe, open_backend, page_size
 from .free_queue import ElasticFreeQueue
 from .join import join
 from .mps import require_launched_with
-from .plan import ArenaShape, RankDevice, WorkerBinding
+from .plan import ArenaShape, RankDevice, StepOps, WorkerBinding
 from .scheduler import ElasticScheduler
+from .sleep.vllm import fall_asleep, wake_up, worker_sleep
+from .sleep.wake_lease import CANNOT_WAKE
+from .sleep.worker_sleep import WorkerSleep
 from .static_memory import StaticMemory, follow_static
 from .worker import WorkerArena
 
@@ -28,12 +31,15 @@ from .worker import WorkerArena
 logger = logging.getLogger("vllm.kvcached")
 
 __all__ = [
+    "CANNOT_WAKE",
     "ElasticFreeQueue",
     "ElasticScheduler",
     "VllmWorker",
     "attach",
     "check_supported",
+    "fall_asleep",
     "standalone",
+    "wake_up",
 ]
 
 _GRAPHS_AT_MOST = 20
@@ -81,9 +87,6 @@ def check_supported(vllm_config: Any) -> None:
             f"KV connector {name!r} addresses or registers the whole KV cache, which is mapped "
             "only in part; drop --kv-transfer-config (or --kv-offloading-size)"
         )
-    model = vllm_config.model_config
-    if model is not None and getattr(model, "enable_sleep_mode", False):
-        reasons.append("sleep mode moves the whole KV cache; drop --enable-sleep-mode")
     if parallel.nnodes > 1:
         reasons.append("engines over several nodes have no common ledger; use one node")
     if parallel.distributed_executor_backend == "ray":
@@ -118,6 +121,8 @@ class VllmWorker:
         self._backend: Backend = open_backend(self.kind, ordinal or 0, self.config)
         self._arena: WorkerArena | None = None
         self._static: StaticMemory | None = None
+        self._sleep: WorkerSleep | None = None
+        self._restoring = False
         self.static_bytes = 0
         """Weights and the profiled peak of activations."""
         self.graph_bytes = 0
@@ -138,7 +143,7 @@ class VllmWorker:
         """
         limit -= self._graphs
         if self.kind == "host":
-            limit = min(limit, self.config.capacity // world_size)
+            limit = min(limit, self.config.capacity // world_size - self.static_bytes)
         if self.config.max_kv is not None:
             limit = min(limit, self.config.max_kv)
         return limit
@@ -157,6 +162,62 @@ class VllmWorker:
             return None
         cuda = sys.modules["torch"].cuda
         return lambda: not cuda.current_stream().query()
+
+    def own_weights(self, vllm_config: Any, model: Any, cumem: Any) -> None:
+        """Be able to put a loaded model to sleep; see :func:`worker_sleep`."""
+        # The host's backend counts what the KV cache may have; weights are beside that.
+        host = self.kind == "host"
+        backend = open_backend(self.kind, 0, self.config) if host else self._backend
+        self._sleep = worker_sleep(backend, self.config, vllm_config, model, cumem)
+        if host:
+            self.static_bytes = self._sleep.num_bytes
+
+    def apply_now(self, ops: StepOps) -> None:
+        if self._arena is not None:
+            self._arena.apply_now(ops)
+
+    def sleep(self, level: int) -> None:
+        """Give the weights' memory up, and raise with all as it was if that fails."""
+        if self._sleep is None:
+            raise RuntimeError("sleep mode is off: start the engine with --enable-sleep-mode")
+        self._sleep.sleep(level)
+        self._note_away()
+
+    def wake(self, tags: Sequence[str] | None) -> None:
+        """Have it back, with its content under way; what computes with it waits for that."""
+        if self._sleep is None:
+            return
+        self._sleep.wake(tags)
+        self._note_away()
+        self._order_copies()
+        self._restoring = True
+
+    def sleep_again(self, tags: Sequence[str] | None) -> None:
+        """Take back the latest wake."""
+        if self._sleep is not None:
+            self._sleep.sleep_again(tags)
+            self._note_away()
+
+    def needs_reload(self, tags: Sequence[str] | None) -> bool:
+        """Whether a wake of these tags left weights without content, and nobody else loads any."""
+        return tags is None and self._sleep is not None and self._sleep.level == 2
+
+    def away(self) -> int:
+        """Bytes of weights that the device does without now."""
+        return 0 if self._sleep is None else self._sleep.away()
+
+    def away_of(self, tags: Sequence[str] | None) -> int:
+        """Bytes that a wake of these tags needs."""
+        return 0 if self._sleep is None else self._sleep.away_of(tags)
+
+    def _note_away(self) -> None:
+        if self._static is not None:
+            self._static.set_away(self.away())
+
+    def _order_copies(self) -> None:
+        if self.kind != "host":
+            stream = sys.modules["torch"].cuda.current_stream()
+            self._backend.copies_before(int(stream.cuda_stream))
 
     def check_backends(self, names: Iterable[str]) -> None:
         """Refuse attention backends that ignore the block stride.
@@ -177,6 +238,10 @@ class VllmWorker:
         """Apply the step's list; a step without one is the engine's own warm-up."""
         if self._arena is None:
             return
+        if self._restoring:
+            # Once more: this may be another thread, and another stream, than that of the wake.
+            self._restoring = False
+            self._order_copies()
         ops = scheduler_output.kvcached_ops
         if ops is not None:
             self._arena.apply(ops)
@@ -189,6 +254,8 @@ class VllmWorker:
         if self._arena is not None:
             self._arena.close()
             self._arena = None
+        if self._sleep is not None:
+            self._sleep.close()
 
 
 def _named_blocks(scheduler_output: Any) -> set[int]:

@@ -116,6 +116,11 @@ class WorkerArena:
             return waited_s
         return 0.0
 
+    def apply_now(self, ops: StepOps) -> None:
+        """As :meth:`apply`, with nothing left to do in the background when it returns."""
+        self.apply(ops)
+        self._mapper.drain()
+
     def warm_up(self, block_ids: set[int]) -> None:
         """Back blocks for the engine's own warm-up, before any scheduler exists.
 

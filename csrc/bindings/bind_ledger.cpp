@@ -189,6 +189,13 @@ void bind_member(nb::module_& m) {
           "release", [](Member& self, int64_t bytes) { check_values(self.release(bytes)); },
           "bytes"_a, "ValueError if more than is leased; nothing changes then.")
       .def("add_committed", setter(&Member::add_committed), "delta"_a)
+      .def("add_static", setter(&Member::add_static), "delta"_a)
+      .def(
+          "adopt",
+          [](Member& self, Member& other, int64_t bytes) {
+            check_values(self.adopt(other, bytes));
+          },
+          "other"_a, "bytes"_a)
       .def("set_parked", setter(&Member::set_parked), "bytes"_a)
       .def("set_cached", setter(&Member::set_cached), "bytes"_a)
       .def("set_static", setter(&Member::set_static), "bytes"_a)

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -161,7 +162,45 @@ void bind_backends(nb::module_& m) {
             return std::pair(info.free, info.total);
           },
           NoGil())
-      .def("fence", [](Backend& self) { check(self.fence()); }, NoGil());
+      .def(
+          "fence", [](Backend& self) { check(self.fence()); }, NoGil())
+      .def(
+          "upload",
+          [](Backend& self, std::uint64_t to, std::uint64_t from, std::size_t bytes) {
+            check(self.upload(to, reinterpret_cast<const void*>(from), bytes));
+          },
+          "to"_a, "from_"_a, "bytes"_a, NoGil())
+      .def(
+          "download",
+          [](Backend& self, std::uint64_t to, std::uint64_t from, std::size_t bytes) {
+            check(self.download(reinterpret_cast<void*>(to), from, bytes));
+          },
+          "to"_a, "from_"_a, "bytes"_a, NoGil())
+      .def(
+          "finish_copies", [](Backend& self) { check(self.finish_copies()); }, NoGil())
+      .def(
+          "copies_before",
+          [](Backend& self, std::uint64_t stream) { check(self.copies_before(stream)); },
+          "stream"_a, NoGil())
+      .def(
+          "pin",
+          [](Backend& self, std::uint64_t memory, std::size_t bytes) {
+            check(self.pin(reinterpret_cast<void*>(memory), bytes));
+          },
+          "memory"_a, "bytes"_a, NoGil())
+      .def(
+          "unpin",
+          [](Backend& self, std::uint64_t memory) {
+            check(self.unpin(reinterpret_cast<void*>(memory)));
+          },
+          "memory"_a, NoGil());
+  m.def(
+      "same_bytes",
+      [](std::uint64_t a, std::uint64_t b, std::size_t bytes) {
+        return std::memcmp(reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b),
+                           bytes) == 0;
+      },
+      "a"_a, "b"_a, "bytes"_a, NoGil());
 
   nb::class_<HostBackend, Backend>(m, "HostBackend")
       .def(nb::new_(&open<HostBackend, std::string, std::size_t>), "name"_a, "capacity_bytes"_a)

@@ -67,6 +67,14 @@ struct DriverTable {
   Result (*stream_synchronize)(void* stream);
   Result (*memset_async)(std::uint64_t, unsigned char, std::size_t, void* stream);
   Result (*memory_info)(std::size_t* free, std::size_t* total);
+  Result (*upload)(std::uint64_t to, const void* from, std::size_t, void* stream);
+  Result (*download)(void* to, std::uint64_t from, std::size_t, void* stream);
+  Result (*event_create)(void** event, unsigned flags);
+  Result (*event_record)(void* event, void* stream);
+  Result (*event_destroy)(void* event);
+  Result (*stream_wait)(void* stream, void* event, unsigned flags);
+  Result (*pin)(void* memory, std::size_t, unsigned flags);
+  Result (*unpin)(void* memory);
 };
 
 // A driver library. It stays loaded: drivers do not survive being unloaded.

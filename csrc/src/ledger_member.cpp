@@ -136,24 +136,65 @@ Status Member::release(int64_t bytes) {
   return {};
 }
 
-Status Member::add_committed(int64_t delta) {
+Status Member::add_committed(int64_t delta) { return add(&Slot::committed, delta, "committed"); }
+
+Status Member::add_static(int64_t delta) {
+  if (Status status = add(&Slot::static_bytes, delta, "static"); !status.ok() || delta >= 0) {
+    return status;
+  }
+  return locked([&] {
+    ring_waiting(*file_);
+    return Status{};
+  });
+}
+
+Status Member::add(Word Slot::* field, int64_t delta, const char* name) {
   Wait wait;
   std::shared_lock staying(leaving_, std::defer_lock);
   if (Status status = stay(wait, staying); !status.ok()) return status;
-  Word& committed = file_->slot(index_).committed;
-  uint64_t old = committed.load();
+  Word& word = file_->slot(index_).*field;
+  uint64_t old = word.load();
   do {
     // Both fit in 57 bits unless the file or the caller is wrong.
     const bool fits = delta >= 0
                           ? old <= kMaxBytes && static_cast<uint64_t>(delta) <= kMaxBytes - old
                           : uint64_t{0} - static_cast<uint64_t>(delta) <= old;
     if (!fits) {
-      return Status::error(Code::invalid_argument, "ledger: " + std::to_string(old) +
-                                                       " committed bytes cannot change by " +
+      return Status::error(Code::invalid_argument, "ledger: " + std::to_string(old) + " " + name +
+                                                       " bytes cannot change by " +
                                                        std::to_string(delta));
     }
-  } while (!committed.compare_exchange_weak(old, old + static_cast<uint64_t>(delta)));
+  } while (!word.compare_exchange_weak(old, old + static_cast<uint64_t>(delta)));
   return {};
+}
+
+Status Member::adopt(Member& other, int64_t bytes) {
+  if (Status status = check_bytes(bytes, "what is adopted"); !status.ok()) return status;
+  if (&other == this || other.file_ != file_) {
+    return Status::error(Code::invalid_argument,
+                         "ledger: only another member of the same ledger has bytes to adopt");
+  }
+  Wait wait;
+  std::shared_lock others(other.leaving_, std::defer_lock);
+  if (Status status = other.stay(wait, others); !status.ok()) return status;
+  return locked([&] {
+    if (Status status = other.check_owned(); !status.ok()) return status;
+    Slot& from = file_->slot(other.index_);
+    const auto amount = static_cast<uint64_t>(bytes);
+    const uint64_t leased = from.leased.load();
+    if (amount > leased) {
+      return Status::error(Code::invalid_argument, "ledger: cannot adopt " + std::to_string(bytes) +
+                                                       " bytes, the other member leased only " +
+                                                       std::to_string(leased));
+    }
+    // In this order: who dies in the middle leaves too much in the account, for as long as any
+    // process of the member lives, and never too little.
+    Word& owned = file_->slot(index_).static_bytes;
+    owned.store(owned.load() + amount);
+    from.committed.store(from.committed.load() - std::min(from.committed.load(), amount));
+    from.leased.store(leased - amount);
+    return Status{};
+  });
 }
 
 Status Member::store(Word Slot::* field, int64_t bytes, const char* name) {

@@ -40,6 +40,14 @@ void bind(DriverLibrary& library, DriverTable& api) {
   library.bind(api.stream_synchronize, "cuStreamSynchronize");
   library.bind(api.memset_async, "cuMemsetD8Async");
   library.bind(api.memory_info, "cuMemGetInfo_v2");
+  library.bind(api.upload, "cuMemcpyHtoDAsync_v2");
+  library.bind(api.download, "cuMemcpyDtoHAsync_v2");
+  library.bind(api.event_create, "cuEventCreate");
+  library.bind(api.event_record, "cuEventRecord");
+  library.bind(api.event_destroy, "cuEventDestroy_v2");
+  library.bind(api.stream_wait, "cuStreamWaitEvent");
+  library.bind(api.pin, "cuMemHostRegister_v2");
+  library.bind(api.unpin, "cuMemHostUnregister");
 }
 
 // As NVML and nvidia-smi print it.

@@ -109,8 +109,10 @@ Status DriverBackend::start(int ordinal, int device, bool rdma) {
 }
 
 void DriverBackend::stop() {
-  for (int attempt = 0; attempt < 2 && stream_ != nullptr; ++attempt) {
-    if (call("destroying the stream", api_->stream_destroy, stream_).ok()) stream_ = nullptr;
+  for (void** stream : {&stream_, &copy_stream_}) {
+    for (int attempt = 0; attempt < 2 && *stream != nullptr; ++attempt) {
+      if (call("destroying a stream", api_->stream_destroy, *stream).ok()) *stream = nullptr;
+    }
   }
 }
 
@@ -157,15 +159,67 @@ Status DriverBackend::unmap(Address address, std::size_t bytes) {
 Status DriverBackend::zero(Address address, std::size_t bytes) {
   // On a stream of our own, which does not wait for the engine's.
   std::lock_guard lock(stream_mutex_);
-  if (stream_ == nullptr) {
-    constexpr unsigned kNonBlocking = 1;
-    Status status = call("creating a stream", api_->stream_create, &stream_, kNonBlocking);
-    if (!status.ok()) return status;
-  }
+  if (Status status = make_stream(&stream_); !status.ok()) return status;
   Status status =
       call("zeroing", api_->memset_async, address, static_cast<unsigned char>(0), bytes, stream_);
   if (!status.ok()) return status;
   return call("waiting for zeroing", api_->stream_synchronize, stream_);
+}
+
+Status DriverBackend::make_stream(void** stream) {
+  if (*stream != nullptr) return {};
+  constexpr unsigned kNonBlocking = 1;
+  return call("creating a stream", api_->stream_create, stream, kNonBlocking);
+}
+
+Status DriverBackend::upload(Address to, const void* from, std::size_t bytes) {
+  std::lock_guard lock(stream_mutex_);
+  if (Status status = make_stream(&copy_stream_); !status.ok()) return status;
+  return call("copying to the device", api_->upload, to, from, bytes, copy_stream_);
+}
+
+Status DriverBackend::download(void* to, Address from, std::size_t bytes) {
+  std::lock_guard lock(stream_mutex_);
+  if (Status status = make_stream(&copy_stream_); !status.ok()) return status;
+  return call("copying from the device", api_->download, to, from, bytes, copy_stream_);
+}
+
+Status DriverBackend::finish_copies() {
+  void* stream = nullptr;
+  {
+    std::lock_guard lock(stream_mutex_);
+    stream = copy_stream_;
+  }
+  if (stream == nullptr) return {};
+  return call("waiting for copies", api_->stream_synchronize, stream);
+}
+
+Status DriverBackend::copies_before(std::uint64_t stream) {
+  std::lock_guard lock(stream_mutex_);
+  if (copy_stream_ == nullptr) return {};
+  constexpr unsigned kNoTiming = 2;
+  void* event = nullptr;
+  if (Status status = call("creating an event", api_->event_create, &event, kNoTiming);
+      !status.ok()) {
+    return status;
+  }
+  Status status = call("recording an event", api_->event_record, event, copy_stream_);
+  if (status.ok()) {
+    status =
+        call("waiting for an event", api_->stream_wait, reinterpret_cast<void*>(stream), event, 0u);
+  }
+  // The driver keeps what is waited for.
+  Status destroyed = call("destroying an event", api_->event_destroy, event);
+  return status.ok() ? destroyed : status;
+}
+
+Status DriverBackend::pin(void* memory, std::size_t bytes) {
+  constexpr unsigned kPortable = 1;
+  return call("locking host memory", api_->pin, memory, bytes, kPortable);
+}
+
+Status DriverBackend::unpin(void* memory) {
+  return call("unlocking host memory", api_->unpin, memory);
 }
 
 Status DriverBackend::fence() { return call("waiting for the device", api_->synchronize); }

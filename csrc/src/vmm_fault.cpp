@@ -92,4 +92,34 @@ Status FaultyBackend::memory_info(MemoryInfo* info) {
   return inner_.memory_info(info);
 }
 
+Status FaultyBackend::upload(Address to, const void* from, std::size_t bytes) {
+  if (Status s = before(Op::upload); !s.ok()) return s;
+  return inner_.upload(to, from, bytes);
+}
+
+Status FaultyBackend::download(void* to, Address from, std::size_t bytes) {
+  if (Status s = before(Op::download); !s.ok()) return s;
+  return inner_.download(to, from, bytes);
+}
+
+Status FaultyBackend::finish_copies() {
+  if (Status s = before(Op::finish_copies); !s.ok()) return s;
+  return inner_.finish_copies();
+}
+
+Status FaultyBackend::copies_before(std::uint64_t stream) {
+  if (Status s = before(Op::copies_before); !s.ok()) return s;
+  return inner_.copies_before(stream);
+}
+
+Status FaultyBackend::pin(void* memory, std::size_t bytes) {
+  if (Status s = before(Op::pin); !s.ok()) return s;
+  return inner_.pin(memory, bytes);
+}
+
+Status FaultyBackend::unpin(void* memory) {
+  if (Status s = before(Op::unpin); !s.ok()) return s;
+  return inner_.unpin(memory);
+}
+
 }  // namespace kvc

@@ -29,6 +29,14 @@ void bind(DriverLibrary& library, DriverTable& api) {
   library.bind(api.stream_synchronize, "hipStreamSynchronize");
   library.bind(api.memset_async, "hipMemsetD8Async");
   library.bind(api.memory_info, "hipMemGetInfo");
+  library.bind(api.upload, "hipMemcpyHtoDAsync");
+  library.bind(api.download, "hipMemcpyDtoHAsync");
+  library.bind(api.event_create, "hipEventCreateWithFlags");
+  library.bind(api.event_record, "hipEventRecord");
+  library.bind(api.event_destroy, "hipEventDestroy");
+  library.bind(api.stream_wait, "hipStreamWaitEvent");
+  library.bind(api.pin, "hipHostRegister");
+  library.bind(api.unpin, "hipHostUnregister");
 }
 
 // AMD's driver fills the bytes with text, the hexadecimal digits that rocminfo prints.

@@ -187,6 +187,20 @@ Status HostBackend::zero(Address address, std::size_t bytes) {
   return {};
 }
 
+Status HostBackend::upload(Address to, const void* from, std::size_t bytes) {
+  std::lock_guard lock(mutex_);
+  if (!accessible(to, bytes)) return misuse("upload: the addresses are not mapped");
+  std::memcpy(pointer(to), from, bytes);
+  return {};
+}
+
+Status HostBackend::download(void* to, Address from, std::size_t bytes) {
+  std::lock_guard lock(mutex_);
+  if (!accessible(from, bytes)) return misuse("download: the addresses are not mapped");
+  std::memcpy(to, pointer(from), bytes);
+  return {};
+}
+
 Status HostBackend::memory_info(MemoryInfo* info) {
   std::lock_guard lock(mutex_);
   *info = {capacity_ - used_, capacity_};
@@ -217,6 +231,18 @@ bool HostBackend::overlaps_mapping(Address address, std::size_t bytes) const {
   if (after == mappings_.begin()) return false;
   const auto before = std::prev(after);
   return before->first + before->second.bytes > address;
+}
+
+bool HostBackend::accessible(Address address, std::size_t bytes) const {
+  auto it = mappings_.upper_bound(address);
+  if (it == mappings_.begin()) return false;
+  --it;
+  Address next = it->first;
+  for (; it != mappings_.end() && it->first == next && it->second.accessible; ++it) {
+    next += it->second.bytes;
+    if (next > address && next - address >= bytes) return true;
+  }
+  return false;
 }
 
 bool HostBackend::inside_range(Address address, std::size_t bytes) const {

@@ -121,6 +121,7 @@ DRIVER_CALL(cuCtxSetCurrent, )(void* context) {
 DRIVER_CALL(cuCtxSynchronize, hipDeviceSynchronize)() {
   BEGIN(cuCtxSynchronize, hipDeviceSynchronize);
   NEED_DEVICE();
+  for (const auto& [stream, work] : d.streams) d.run(stream);
   return kSuccess;
 }
 
@@ -128,20 +129,25 @@ DRIVER_CALL(cuStreamCreate, hipStreamCreateWithFlags)(void** stream, unsigned) {
   BEGIN(cuStreamCreate, hipStreamCreateWithFlags);
   NEED_DEVICE();
   *stream = pointer(d.next_stream += 16);
-  d.streams.insert(*stream);
+  d.streams[*stream];
   return kSuccess;
 }
 
 DRIVER_CALL(cuStreamDestroy_v2, hipStreamDestroy)(void* stream) {
   BEGIN(cuStreamDestroy_v2, hipStreamDestroy);
   NEED_DEVICE();
-  return d.streams.erase(stream) == 1 ? int{kSuccess} : d.misuse("no such stream");
+  if (stream == nullptr || d.streams.count(stream) == 0) return d.misuse("no such stream");
+  d.run(stream);
+  d.streams.erase(stream);
+  return kSuccess;
 }
 
 DRIVER_CALL(cuStreamSynchronize, hipStreamSynchronize)(void* stream) {
   BEGIN(cuStreamSynchronize, hipStreamSynchronize);
   NEED_DEVICE();
-  return d.streams.count(stream) == 1 ? int{kSuccess} : d.misuse("no such stream");
+  if (d.streams.count(stream) == 0) return d.misuse("no such stream");
+  d.run(stream);
+  return kSuccess;
 }
 
 DRIVER_CALL(cuMemsetD8Async, hipMemsetD8Async)
@@ -155,6 +161,74 @@ DRIVER_CALL(cuMemsetD8Async, hipMemsetD8Async)
     if (!it->second.accessible) return d.misuse("memset without access", kIllegalAddress);
   }
   std::memset(pointer(address), value, bytes);
+  return kSuccess;
+}
+
+DRIVER_CALL(cuMemcpyHtoDAsync_v2, hipMemcpyHtoDAsync)
+(std::uint64_t to, const void* from, std::size_t bytes, void* stream) {
+  BEGIN(cuMemcpyHtoDAsync_v2, hipMemcpyHtoDAsync);
+  NEED_DEVICE();
+  if (d.streams.count(stream) == 0) return d.misuse("no such stream");
+  if (!d.touchable(to, bytes)) return d.misuse("copy to unmapped memory", kIllegalAddress);
+  d.streams[stream].push_back([=] { std::memcpy(pointer(to), from, bytes); });
+  return kSuccess;
+}
+
+DRIVER_CALL(cuMemcpyDtoHAsync_v2, hipMemcpyDtoHAsync)
+(void* to, std::uint64_t from, std::size_t bytes, void* stream) {
+  BEGIN(cuMemcpyDtoHAsync_v2, hipMemcpyDtoHAsync);
+  NEED_DEVICE();
+  if (d.streams.count(stream) == 0) return d.misuse("no such stream");
+  if (!d.touchable(from, bytes)) return d.misuse("copy of unmapped memory", kIllegalAddress);
+  d.streams[stream].push_back([=] { std::memcpy(to, pointer(from), bytes); });
+  return kSuccess;
+}
+
+DRIVER_CALL(cuEventCreate, hipEventCreateWithFlags)(void** event, unsigned) {
+  BEGIN(cuEventCreate, hipEventCreateWithFlags);
+  NEED_DEVICE();
+  *event = pointer(d.next_stream += 16);
+  d.events[*event] = nullptr;
+  return kSuccess;
+}
+
+DRIVER_CALL(cuEventRecord, hipEventRecord)(void* event, void* stream) {
+  BEGIN(cuEventRecord, hipEventRecord);
+  NEED_DEVICE();
+  if (d.events.count(event) == 0 || d.streams.count(stream) == 0) return d.misuse("no such event");
+  d.events[event] = stream;
+  return kSuccess;
+}
+
+DRIVER_CALL(cuEventDestroy_v2, hipEventDestroy)(void* event) {
+  BEGIN(cuEventDestroy_v2, hipEventDestroy);
+  NEED_DEVICE();
+  return d.events.erase(event) == 1 ? int{kSuccess} : d.misuse("no such event");
+}
+
+DRIVER_CALL(cuStreamWaitEvent, hipStreamWaitEvent)(void* stream, void* event, unsigned) {
+  BEGIN(cuStreamWaitEvent, hipStreamWaitEvent);
+  NEED_DEVICE();
+  if (d.events.count(event) == 0 || d.streams.count(stream) == 0) return d.misuse("no such event");
+  void* const other = d.events[event];
+  d.streams[stream].push_back([&d, other] { d.run(other); });
+  return kSuccess;
+}
+
+DRIVER_CALL(cuMemHostRegister_v2, hipHostRegister)(void* memory, std::size_t bytes, unsigned) {
+  BEGIN(cuMemHostRegister_v2, hipHostRegister);
+  NEED_DEVICE();
+  if (!d.pinned.emplace(reinterpret_cast<std::uint64_t>(memory), bytes).second) {
+    return d.misuse("locked already");
+  }
+  return kSuccess;
+}
+
+DRIVER_CALL(cuMemHostUnregister, hipHostUnregister)(void* memory) {
+  BEGIN(cuMemHostUnregister, hipHostUnregister);
+  NEED_DEVICE();
+  for (const auto& [stream, work] : d.streams) d.run(stream);
+  if (d.pinned.erase(reinterpret_cast<std::uint64_t>(memory)) == 0) return d.misuse("not locked");
   return kSuccess;
 }
 
@@ -316,7 +390,7 @@ TEST_CALL(void, standin_live)(std::uint64_t (*counts)[6]) {
   (*counts)[0] = d.handles.size();
   (*counts)[1] = d.mappings.size();
   (*counts)[2] = d.ranges.size();
-  (*counts)[3] = d.streams.size();
+  (*counts)[3] = d.streams.size() - 1 + d.events.size() + d.pinned.size();  // less the default one
 #ifdef STANDIN_HIP
   (*counts)[4] = 0;
 #else

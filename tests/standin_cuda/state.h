@@ -10,10 +10,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <iterator>
 #include <map>
 #include <mutex>
-#include <set>
 #include <string>
 
 namespace standin {
@@ -74,7 +75,10 @@ struct Driver {
   std::map<std::uint64_t, Handle> handles;
   std::map<std::uint64_t, std::uint64_t> ranges;
   std::map<std::uint64_t, Mapping> mappings;
-  std::set<void*> streams;
+  // Copies are done when somebody waits for them, and not before: as late as a device may.
+  std::map<void*, std::deque<std::function<void()>>> streams = {{nullptr, {}}};
+  std::map<void*, void*> events;  // the stream each was recorded on
+  std::map<std::uint64_t, std::uint64_t> pinned;
   int contexts[kDevices] = {};
   std::uint64_t next_stream = 0x5000;
 
@@ -85,6 +89,14 @@ struct Driver {
   int fail_code = 0;
   std::string fail_op;
 
+  void run(void* stream) {
+    auto& work = streams[stream];
+    while (!work.empty()) {
+      const auto next = work.front();
+      work.pop_front();
+      next();
+    }
+  }
   int misuse(const char* what, int code = kInvalidValue) {
     ++misuses;
     misuse_text = what;
@@ -98,6 +110,17 @@ struct Driver {
                 static_cast<off_t>(found->second.offset), static_cast<off_t>(found->second.bytes));
     used[found->second.device] -= found->second.bytes;
     handles.erase(found);
+  }
+  // Whether all of the bytes can be touched, wherever the mappings begin and end.
+  bool touchable(std::uint64_t address, std::uint64_t bytes) {
+    auto it = mappings.upper_bound(address);
+    if (it == mappings.begin()) return false;
+    std::uint64_t next = (--it)->first;
+    for (; it != mappings.end() && it->first == next && it->second.accessible; ++it) {
+      next += it->second.bytes;
+      if (next > address && next - address >= bytes) return true;
+    }
+    return false;
   }
   // The end of the unbroken run of mappings from `address`, looking no further than `bytes`.
   bool whole_run(std::uint64_t address, std::uint64_t bytes) {

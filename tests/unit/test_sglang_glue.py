@@ -81,7 +81,6 @@ OBSTACLES = [
     ({"enable_lmcache": True}, "drop --enable-lmcache"),
     ({"enable_hisparse": True}, "drop --enable-hisparse"),
     ({"speculative_algorithm": "EAGLE"}, "drop --speculative-algorithm"),
-    ({"enable_memory_saver": True}, "drop --enable-memory-saver"),
     ({"enable_unified_memory": True}, "drop --enable-unified-memory"),
     ({"enable_page_major_kv_layout": True}, "drop --enable-page-major-kv-layout"),
     ({"enable_mixed_chunk": True}, "drop --enable-mixed-chunk"),

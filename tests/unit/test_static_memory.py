@@ -55,3 +55,25 @@ def test_what_was_reckoned_for_graphs_is_theirs_or_a_neighbours(
     reserved[0] += grown
     static.refresh(committed=0)
     assert (told or [18 * GIB])[-1] == 16 * GIB + kept
+
+
+@pytest.mark.parametrize("first_asleep", [False, True], ids=["stepped before", "never stepped"])
+def test_what_is_away_is_not_held(clock: list[float], first_asleep: bool) -> None:
+    """The ledger is told by others; what is told from here agrees with them."""
+    process, told = [19 * GIB], []
+    static = StaticMemory(14 * GIB, lambda: 16 * GIB, lambda: process[0], told.append)
+    ledger = 14 * GIB
+    if not first_asleep:
+        static.refresh(committed=GIB)
+        ledger = told.pop()
+    static.set_away(10 * GIB)
+    process[0], ledger = process[0] - 10 * GIB, ledger - 10 * GIB
+    clock[0] += 1
+    static.refresh(committed=GIB)
+    ledger = told.pop() if told else ledger
+    assert ledger == (16 + 2 - 10) * GIB
+    static.set_away(0)
+    process[0], ledger = process[0] + 10 * GIB, ledger + 10 * GIB
+    clock[0] += 1
+    static.refresh(committed=GIB)
+    assert not told and ledger == 18 * GIB

@@ -57,7 +57,6 @@ def test_a_plain_engine_is_supported(tmp_path: Path) -> None:
     [
         ({"device_config__device_type": "tpu"}, "'tpu'.*use CUDA, ROCm or CPU"),
         ({"kv_transfer_config": NS(kv_connector="NixlConnector")}, "NixlConnector.*drop --kv-tra"),
-        ({"model_config__enable_sleep_mode": True}, "drop --enable-sleep-mode"),
         ({"parallel_config__nnodes": 2}, "use one node"),
         ({"parallel_config__distributed_executor_backend": "ray"}, "use the mp executor"),
         ({"cache_config__cache_dtype": "int8_per_token_head"}, "use auto or fp8"),
@@ -72,7 +71,9 @@ def test_what_cannot_work_is_refused_with_the_remedy(
 
 
 def test_all_reasons_are_told_at_once(tmp_path: Path) -> None:
-    config = vllm_config(tmp_path, parallel_config__nnodes=2, model_config__enable_sleep_mode=True)
+    config = vllm_config(
+        tmp_path, parallel_config__nnodes=2, cache_config__cache_dtype="fp8_per_token_head"
+    )
     with pytest.raises(ConfigError) as error:
         check_supported(config)
     assert str(error.value).count("\n  - ") == 2

@@ -134,6 +134,11 @@ class Member {
   Status set_parked(int64_t bytes);
   Status set_cached(int64_t bytes);
   Status set_static(int64_t bytes);
+  Status add_static(int64_t delta);
+  // Makes bytes that another member leased and committed static ones of this member, so that nobody
+  // sees them twice or not at all. Both members are this process's, of one ledger. More than the
+  // other leased is invalid_argument and changes nothing. Rings for those who wait.
+  Status adopt(Member& other, int64_t bytes);
   // What this member waits for, and how many requests of it do. Counts for 5 s, then post it again.
   Status set_demand(int64_t bytes, int64_t waiting = 0);
   Status set_returning(int64_t bytes);
@@ -172,6 +177,7 @@ class Member {
   Status check_owned() const;
   Status stay(Wait& wait, std::shared_lock<std::shared_mutex>& staying) const;
   Status store(std::atomic<uint64_t> ledger::Slot::* field, int64_t bytes, const char* name);
+  Status add(std::atomic<uint64_t> ledger::Slot::* field, int64_t delta, const char* name);
   Status acknowledge(std::atomic<uint64_t> ledger::Slot::* issued,
                      std::atomic<uint64_t> ledger::Slot::* done, uint64_t version,
                      const char* what);

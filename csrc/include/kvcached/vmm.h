@@ -72,6 +72,20 @@ class Backend {
   virtual Status fence() = 0;
 
   virtual Status memory_info(MemoryInfo* info) = 0;
+
+  // Copies between the host and mapped addresses. They take effect in the order of the calls, on a
+  // stream of the backend's own that waits for no other; both sides must stay until finish_copies.
+  virtual Status upload(Address to, const void* from, std::size_t bytes) = 0;
+  virtual Status download(void* to, Address from, std::size_t bytes) = 0;
+  // Waits for all copies of this process so far.
+  virtual Status finish_copies() = 0;
+  // Work issued on this stream of the device from now on waits for the copies so far. The stream is
+  // as the driver knows it; 0 is the default one.
+  virtual Status copies_before(std::uint64_t stream) = 0;
+
+  // Locks host memory, from which copies then run at the bus's speed and without the host.
+  virtual Status pin(void* memory, std::size_t bytes) = 0;
+  virtual Status unpin(void* memory) = 0;
 };
 
 }  // namespace kvc

@@ -31,6 +31,12 @@ class DriverBackend : public Backend {
   Status zero(Address address, std::size_t bytes) override;
   Status fence() override;
   Status memory_info(MemoryInfo* info) override;
+  Status upload(Address to, const void* from, std::size_t bytes) override;
+  Status download(void* to, Address from, std::size_t bytes) override;
+  Status finish_copies() override;
+  Status copies_before(std::uint64_t stream) override;
+  Status pin(void* memory, std::size_t bytes) override;
+  Status unpin(void* memory) override;
 
  protected:
   class Current;  // makes the device current on this thread for a scope
@@ -59,7 +65,10 @@ class DriverBackend : public Backend {
   bool rdma_ = false;
   std::size_t granularity_ = 0;
   std::mutex stream_mutex_;
-  void* stream_ = nullptr;  // for zeroing, made when first needed
+  Status make_stream(void** stream);  // if there is none yet; with stream_mutex_ held
+  void* stream_ = nullptr;            // for zeroing, made when first needed
+  void* copy_stream_ =
+      nullptr;  // likewise: zeroing waits for its end, which copies may be far from
 };
 
 class CudaBackend final : public DriverBackend {

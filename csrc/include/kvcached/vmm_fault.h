@@ -23,11 +23,18 @@ enum class Op {
   zero,
   fence,
   memory_info,
+  upload,
+  download,
+  finish_copies,
+  copies_before,
+  pin,
+  unpin,
 };
-inline constexpr std::size_t kOps = 10;
+inline constexpr std::size_t kOps = 16;
 inline constexpr std::array<const char*, kOps> kOpNames = {
-    "reserve",    "release_range", "create", "destroy", "map",
-    "set_access", "unmap",         "zero",   "fence",   "memory_info"};
+    "reserve",       "release_range", "create", "destroy",     "map",    "set_access",
+    "unmap",         "zero",          "fence",  "memory_info", "upload", "download",
+    "finish_copies", "copies_before", "pin",    "unpin"};
 
 class FaultyBackend final : public Backend {
  public:
@@ -58,6 +65,12 @@ class FaultyBackend final : public Backend {
   Status zero(Address address, std::size_t bytes) override;
   Status fence() override;
   Status memory_info(MemoryInfo* info) override;
+  Status upload(Address to, const void* from, std::size_t bytes) override;
+  Status download(void* to, Address from, std::size_t bytes) override;
+  Status finish_copies() override;
+  Status copies_before(std::uint64_t stream) override;
+  Status pin(void* memory, std::size_t bytes) override;
+  Status unpin(void* memory) override;
 
  private:
   Status before(Op op);

@@ -36,6 +36,13 @@ class HostBackend final : public Backend {
   Status zero(Address address, std::size_t bytes) override;
   Status fence() override { return {}; }  // the host has no work in flight
   Status memory_info(MemoryInfo* info) override;
+  Status upload(Address to, const void* from, std::size_t bytes) override;
+  Status download(void* to, Address from, std::size_t bytes) override;
+  // Copies are done when the call returns, and no memory need be locked for them.
+  Status finish_copies() override { return {}; }
+  Status copies_before(std::uint64_t) override { return {}; }
+  Status pin(void*, std::size_t) override { return {}; }
+  Status unpin(void*) override { return {}; }
 
   // Bytes the kernel holds for the pages, as it counts them.
   std::size_t physical_bytes() const;
@@ -58,6 +65,8 @@ class HostBackend final : public Backend {
   bool find_run(Address address, std::size_t bytes, Mappings::iterator* first,
                 Mappings::iterator* last);
   bool overlaps_mapping(Address address, std::size_t bytes) const;
+  // Whether every byte can be touched.
+  bool accessible(Address address, std::size_t bytes) const;
   bool inside_range(Address address, std::size_t bytes) const;
 
   const std::string name_;

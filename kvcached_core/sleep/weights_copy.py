@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bytes of weights on the host, while the device does without them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .._core import Backend, same_bytes
+from .host_file import HostFile, sweep
+
+_PIECE = 32 << 20
+"""Bytes compared at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A range of device memory: one allocation of the engine's."""
+
+    address: int
+    num_bytes: int
+
+
+class WeightsCopy:
+    """One copy on the host, in memory locked for the device, in the order of the parts.
+
+    Engines with equal weights have one copy together: the first to sleep publishes it under the
+    key, the next one finds it and compares every byte before it relies on it.  An engine whose
+    weights are others after all has a copy of its own.
+
+    Args:
+        backend: the device.
+        directory: where the copy lies.
+        key: the same for engines whose weights may be equal; None for a copy nobody shares.
+        resident: whether its pages are to stay in memory, from which a device can read them.
+    """
+
+    def __init__(
+        self, backend: Backend, directory: Path, key: str | None, *, resident: bool = True
+    ) -> None:
+        self._backend = backend
+        self._directory = directory
+        self._key = key
+        self._resident = resident
+        self._file: HostFile | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on the host now."""
+        return 0 if self._file is None else self._file.num_bytes
+
+    @property
+    def path(self) -> Path | None:
+        return None if self._file is None else self._file.path
+
+    def save(self, parts: Sequence[Part]) -> None:
+        """Have the parts' bytes on the host.
+
+        Raises:
+            OSError: there is no room for them.
+            VmmError: the device refused.
+        """
+        self._save(parts)
+        if self._file is not None and not self._resident:
+            self._file.let_go()
+
+    def _save(self, parts: Sequence[Part]) -> None:
+        size = sum(part.num_bytes for part in parts)
+        if self._file is not None and self._file.num_bytes == size and self._equals(parts):
+            return
+        self.drop()
+        if not size:
+            return
+        sweep(self._directory)
+        if self._key is not None:
+            shared = HostFile.open(self._directory, self._key, size)
+            if shared is not None:
+                self._take(shared)
+                if self._equals(parts):
+                    return
+                self.drop()
+        self._take(HostFile.create(self._directory, size))
+        assert self._file is not None
+        try:
+            for part, offset in _laid_out(parts):
+                self._backend.download(self._file.address + offset, part.address, part.num_bytes)
+            self._backend.finish_copies()
+        except BaseException:
+            self.drop()
+            raise
+        if self._key is not None:
+            self._file.publish(self._key)
+
+    def restore(self, parts: Sequence[Part]) -> None:
+        """Queue the copies back, in the order of the parts; the copy stays until they are done.
+
+        Raises:
+            VmmError: the device refused.
+        """
+        assert self._file is not None or not parts
+        for part, offset in _laid_out(parts):
+            assert self._file is not None
+            self._backend.upload(part.address, self._file.address + offset, part.num_bytes)
+
+    def drop(self) -> None:
+        """Give up the copy."""
+        if self._file is None:
+            return
+        file, self._file = self._file, None
+        self._backend.finish_copies()
+        self._backend.unpin(file.address)
+        file.close()
+
+    def _take(self, file: HostFile) -> None:
+        try:
+            self._backend.pin(file.address, file.num_bytes)
+        except BaseException:
+            file.close()
+            raise
+        self._file = file
+
+    def _equals(self, parts: Sequence[Part]) -> bool:
+        assert self._file is not None
+        most = min(_PIECE, max(part.num_bytes for part in parts))
+        scratch = HostFile.create(self._directory, most)
+        try:
+            self._backend.pin(scratch.address, most)
+            try:
+                return all(
+                    self._piece_equals(scratch.address, part, offset, begin)
+                    for part, offset in _laid_out(parts)
+                    for begin in range(0, part.num_bytes, most)
+                )
+            finally:
+                self._backend.finish_copies()
+                self._backend.unpin(scratch.address)
+        finally:
+            scratch.close()
+
+    def _piece_equals(self, scratch: int, part: Part, offset: int, begin: int) -> bool:
+        assert self._file is not None
+        size = min(_PIECE, part.num_bytes - begin)
+        self._backend.download(scratch, part.address + begin, size)
+        self._backend.finish_copies()
+        return same_bytes(scratch, self._file.address + offset + begin, size)
+
+
+def _laid_out(parts: Sequence[Part]) -> Iterable[tuple[Part, int]]:
+    """The parts and where they lie in the copy, one after the other."""
+    offset = 0
+    for part in parts:
+        yield part, offset
+        offset += part.num_bytes
+
+
+def fingerprint(*items: object) -> str:
+    """A key for engines whose items are equal; it only has to be likely that the weights are."""
+    return hashlib.sha256(repr(items).encode()).hexdigest()[:32]
