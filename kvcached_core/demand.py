@@ -93,7 +93,7 @@ class Demand:
         return True
 
     def _all(self, requests: Sequence[Request]) -> Needs:
-        return [sum(pool.blocks_of(r.num_tokens) for r in requests) for pool in self._pools]
+        return [sum(pool.holding.blocks_of(r.num_tokens) for r in requests) for pool in self._pools]
 
     def _post(self, needs: Needs, waiting: int) -> None:
         now = time.monotonic()
@@ -122,7 +122,7 @@ class Demand:
         held = 0
         for count, request in enumerate(reversed(running), 1):
             tokens = request.num_computed_tokens
-            held += sum(pool.blocks_of(tokens) * pool.block_bytes for pool in self._pools)
+            held += sum(pool.holding.blocks_of(tokens) * pool.block_bytes for pool in self._pools)
             if held >= num_bytes:
                 return count
         return len(running)
@@ -132,7 +132,7 @@ def next_blocks(pool: Pool, running: Sequence[Request]) -> int:
     """Blocks the running requests may take in this pass: theirs before anybody else's."""
     # Exactly: one block for each would keep more than what a finished request leaves.
     return sum(
-        pool.next_blocks_of(
+        pool.holding.next_blocks_of(
             request.num_computed_tokens, max(request.num_tokens, request.num_computed_tokens) + 1
         )
         for request in running

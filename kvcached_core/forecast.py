@@ -67,4 +67,4 @@ class Forecast:
         # The engine counts the tokens of this pass as computed only later.
         left = max(0, next_blocks(self._pool, running) - self._grew)
         first = itertools.islice(waiting, _LOOK_AT_MOST)
-        return left + sum(self._pool.blocks_of(request.num_tokens) for request in first)
+        return left + sum(self._pool.holding.blocks_of(request.num_tokens) for request in first)

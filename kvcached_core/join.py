@@ -11,6 +11,7 @@ from ._core import Ledger, LedgerRefused, Member
 from .accounts import Account
 from .config import Config, ConfigError
 from .devices import defaults, open_usage, prepare_ledger_dir
+from .holding import Holding
 from .plan import ArenaShape, RankDevice, WorkerBinding
 from .scheduler import ElasticScheduler
 from .sleep.engine_sleep import EngineSleep
@@ -34,9 +35,7 @@ class Joined:
         self,
         shapes: Sequence[ArenaShape],
         *,
-        block_tokens: float,
-        most_blocks: int | None,
-        fixed_blocks: int | None,
+        holding: Holding,
         logger: logging.Logger,
     ) -> list[WorkerBinding]:
         """Have a further pool, as :meth:`ElasticScheduler.add_pool`.
@@ -59,9 +58,7 @@ class Joined:
                 shapes[0].num_blocks,
                 distinct,
                 list(accounts.values()),
-                block_tokens=block_tokens,
-                most_blocks=most_blocks,
-                fixed_blocks=fixed_blocks,
+                holding,
             )
         except MemoryError as error:
             raise ConfigError(_explain(error, accounts)) from None
@@ -76,11 +73,9 @@ def join(
     shapes: Sequence[ArenaShape | None],
     devices: Sequence[RankDevice],
     *,
-    block_tokens: float,
+    holding: Holding,
     zero_recycled: Sequence[bool],
     logger: logging.Logger,
-    most_blocks: int | None = None,
-    fixed_blocks: int | None = None,
 ) -> Joined:
     """Join the ledgers of all ranks as one member of each.
 
@@ -89,11 +84,9 @@ def join(
         shapes: the arena of every rank; one of them at least is there. Several arenas of a rank
             that share their block ids follow each other.
         devices: where every rank is.
-        block_tokens: tokens one block holds for every KV group.
+        holding: blocks a request holds.
         zero_recycled: for every rank, whether its pages are zeroed when they change hands.
         logger: the engine's.
-        most_blocks: blocks one request ever holds at once; None for no bound.
-        fixed_blocks: blocks every request holds, whatever its length; None: by its tokens.
 
     Raises:
         ConfigError: the memory is not there, or the policy refuses.
@@ -137,9 +130,7 @@ def join(
             ahead_bytes=ahead,
             decay_s=config.parked_decay_ms / 1000,
             usages=list(usages.values()),
-            block_tokens=block_tokens,
-            most_blocks=most_blocks,
-            fixed_blocks=fixed_blocks,
+            holding=holding,
             start_wait_s=config.start_wait_ms / 1000,
         )
     except MemoryError as error:

@@ -14,6 +14,7 @@ from typing import Protocol
 from ._core import BlockAllocator, Geometry, Growth
 from .accounts import Account, Accounts
 from .decay import LowWater
+from .holding import Holding
 from .plan import ArenaShape, BlockRanges
 
 
@@ -44,9 +45,7 @@ class Pool:
         num_blocks: virtual blocks, the null block (id 0) among them.
         shapes: the distinct arena shapes of the ranks, largest block first.
         accounts: the engine's memberships, priced for these blocks.
-        block_tokens: tokens one block holds, for every KV group.
-        most_blocks: blocks that one request ever holds at once; None for no bound.
-        fixed_blocks: blocks that every request holds, whatever its length; None: by its tokens.
+        holding: what a request holds of them.
         decay_s: how long pages stay unused before they are given back.
     """
 
@@ -55,18 +54,14 @@ class Pool:
         num_blocks: int,
         shapes: Sequence[ArenaShape],
         accounts: Sequence[Account],
+        holding: Holding,
         *,
-        block_tokens: float,
-        most_blocks: int | None = None,
-        fixed_blocks: int | None = None,
         decay_s: float,
     ) -> None:
         geometries = [geometry_of(shape) for shape in shapes]
         self.allocator = BlockAllocator(num_blocks, geometries)
         self.accounts = Accounts(accounts)
-        self.block_tokens = block_tokens
-        self.most_blocks = most_blocks
-        self.fixed_blocks = fixed_blocks
+        self.holding = holding
         self.cache: CachedBlocks | None = None
         self.decay = LowWater(decay_s)
         self.page_bytes = shapes[0].page_bytes * shapes[0].segments
@@ -115,20 +110,6 @@ class Pool:
         return self.allocator.parked_pages * self.blocks_per_page
 
     # -- sizes ----------------------------------------------------------------
-
-    def blocks_of(self, tokens: int) -> int:
-        """Blocks a request of so many tokens holds."""
-        if self.fixed_blocks is not None:
-            return self.fixed_blocks
-        blocks = int(-(-tokens // self.block_tokens))
-        return blocks if self.most_blocks is None else min(blocks, self.most_blocks)
-
-    def next_blocks_of(self, tokens: int, more: int) -> int:
-        """Blocks a request takes on its way from ``tokens`` tokens to ``more``."""
-        if self.fixed_blocks is not None:
-            return 0
-        blocks = int(-(-more // self.block_tokens)) - int(-(-tokens // self.block_tokens))
-        return blocks if self.most_blocks is None else min(blocks, self.most_blocks)
 
     def blocks_on(self, pages: int) -> int:
         """Blocks that fill so many pages."""

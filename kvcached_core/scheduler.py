@@ -18,6 +18,7 @@ from .accounts import Account, Accounts
 from .demand import Demand, Request
 from .forecast import Forecast
 from .free_queue import BlockList, ElasticFreeQueue
+from .holding import Holding
 from .metrics import HISTOGRAMS, HistogramFeed
 from .orders import Orders
 from .plan import ArenaShape, StepOps
@@ -55,9 +56,7 @@ class ElasticScheduler:
             nothing.
         decay_s: how long pages beyond ``parked_bytes`` stay unused first.
         usages: driver totals for accounts that sit on a GPU, or None.
-        block_tokens: tokens one block holds for every KV group, to size demand by.
-        most_blocks: blocks one request ever holds at once; None for no bound.
-        fixed_blocks: blocks every request holds, whatever its length; None: by its tokens.
+        holding: blocks a request holds, to size demand by.
         start_wait_s: how long to wait for the first page while others give memory back.
 
     Raises:
@@ -74,9 +73,7 @@ class ElasticScheduler:
         ahead_bytes: int = 0,
         decay_s: float = 2.0,
         usages: Sequence[DeviceUsage | None] = (),
-        block_tokens: float = 16.0,
-        most_blocks: int | None = None,
-        fixed_blocks: int | None = None,
+        holding: Holding | None = None,
         start_wait_s: float = 0.0,
     ) -> None:
         self.accounts = Accounts(accounts)
@@ -129,9 +126,7 @@ class ElasticScheduler:
             num_blocks,
             shapes,
             accounts,
-            block_tokens=block_tokens,
-            most_blocks=most_blocks,
-            fixed_blocks=fixed_blocks,
+            holding or Holding(),
         )
 
     def add_pool(
@@ -139,10 +134,7 @@ class ElasticScheduler:
         num_blocks: int,
         shapes: Sequence[ArenaShape],
         accounts: Sequence[Account],
-        *,
-        block_tokens: float,
-        most_blocks: int | None = None,
-        fixed_blocks: int | None = None,
+        holding: Holding,
     ) -> Pool:
         """Have further blocks, of another size, under the same membership.
 
@@ -150,9 +142,7 @@ class ElasticScheduler:
             num_blocks: as for the first pool, and so are the shapes.
             shapes: likewise.
             accounts: the engine's memberships in the same order, priced for these blocks.
-            block_tokens: tokens one block holds.
-            most_blocks: blocks one request ever holds at once; None for no bound.
-            fixed_blocks: blocks every request holds, whatever its length; None: by its tokens.
+            holding: blocks a request holds of them.
 
         Raises:
             MemoryError: not even its null block can be leased.
@@ -161,9 +151,7 @@ class ElasticScheduler:
             num_blocks,
             shapes,
             accounts,
-            block_tokens=block_tokens,
-            most_blocks=most_blocks,
-            fixed_blocks=fixed_blocks,
+            holding,
             decay_s=self._decay_s,
         )
         if not pool.accounts.wait_for(pool.committed_pages(), self._start_wait_s):

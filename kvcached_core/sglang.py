@@ -241,18 +241,14 @@ class SglangRank:
             if self._joined is not None:
                 return self._joined.add_pool(
                     shapes,
-                    block_tokens=kind.block_tokens,
-                    most_blocks=kind.most_blocks,
-                    fixed_blocks=kind.fixed_blocks,
+                    holding=kind.holding,
                     logger=logger,
                 )
             self._joined = join(
                 self.config,
                 shapes,
                 [device for device, _ in found],
-                block_tokens=kind.block_tokens,
-                most_blocks=kind.most_blocks,
-                fixed_blocks=kind.fixed_blocks,
+                holding=kind.holding,
                 zero_recycled=[False] * len(shapes),
                 logger=logger,
             )

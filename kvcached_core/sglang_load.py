@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .holding import Holding
 from .lockstep import Load, Need
 
 _CLIP_NEW_TOKENS = int(os.environ.get("SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION", "4096"))
@@ -24,13 +25,11 @@ class Tokens:
     """The last tokens of a request it keeps; None: all."""
     chunk: int | None = None
     """Tokens of a prefill at most; None for no bound."""
-    fixed_blocks = None
 
     @property
-    def most_blocks(self) -> int | None:
-        """Blocks one request ever holds; None for no bound."""
+    def holding(self) -> Holding:
         most = most_tokens(self.window, self.chunk, self.block_tokens)
-        return None if most is None else most // self.block_tokens
+        return Holding(self.block_tokens, None if most is None else most // self.block_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +40,10 @@ class States:
     """Slots a request may hold at once."""
     held: int = 0
     """Slots in use now that are not merely cached."""
-    block_tokens = 1
-    most_blocks = None
 
     @property
-    def fixed_blocks(self) -> int:
-        return self.per_request
+    def holding(self) -> Holding:
+        return Holding(1, fixed_blocks=self.per_request)
 
     def need(self, running: int, new: int, waits: bool) -> Need:
         """Slots for all that each request may take, before any of it is let in: the engine takes

@@ -17,6 +17,7 @@ from ._core import Backend
 from .config import Config, ConfigError
 from .devices import describe, open_backend, page_size
 from .free_queue import ElasticFreeQueue
+from .holding import Holding
 from .join import join
 from .mps import require_launched_with
 from .plan import ArenaShape, RankDevice, StepOps, WorkerBinding
@@ -294,8 +295,9 @@ def attach(
         config,
         shapes,
         devices,
-        block_tokens=vllm_config.cache_config.block_size
-        / max(1, len(kv_cache_configs[0].kv_cache_groups)),
+        holding=Holding(
+            vllm_config.cache_config.block_size / max(1, len(kv_cache_configs[0].kv_cache_groups))
+        ),
         zero_recycled=[bool(c.has_mamba_layers) for c in kv_cache_configs],
         logger=logger,
     )

@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from kvcached_core import ArenaShape, ElasticScheduler, Ledger, sglang_load
 from kvcached_core._core import BlockAllocator
 from kvcached_core.accounts import Account
+from kvcached_core.holding import Holding
 from kvcached_core.lockstep import Leader, Load, Need, PassOrder, Replica
 from kvcached_core.plan import BlockRanges, StepOps
 from kvcached_core.scheduler import geometry_of
@@ -75,10 +76,10 @@ class Group:
             Account(ledger, self.member, (num_ranks * PAGE,), num_ranks * size) for size in sizes
         ]
         self.scheduler = ElasticScheduler(
-            num_blocks, shapes[:1], accounts[:1], block_tokens=16, **{"decay_s": 1000, **policy}
+            num_blocks, shapes[:1], accounts[:1], holding=Holding(16), **{"decay_s": 1000, **policy}
         )
         for shape, account in zip(shapes[1:], accounts[1:], strict=True):
-            self.scheduler.add_pool(num_blocks, [shape], [account], block_tokens=16)
+            self.scheduler.add_pool(num_blocks, [shape], [account], Holding(16))
         self.leader = Leader(self.scheduler, num_ranks)
         self.replicas = [
             Replica(*(BlockAllocator(num_blocks, [geometry_of(shape)]) for shape in shapes))
@@ -524,7 +525,7 @@ class Engine:
 
     def most_windows(self) -> int:
         """The same of the second pool."""
-        window = self.kinds[-1].most_blocks
+        window = self.kinds[-1].holding.most_blocks
         return self.most_blocks() if window is None else min(self.most_blocks(), window + 3)
 
 

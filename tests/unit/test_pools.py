@@ -10,6 +10,7 @@ import pytest
 
 from kvcached_core import ArenaShape, Ledger
 from kvcached_core.accounts import Account
+from kvcached_core.holding import Holding
 from kvcached_core.lockstep import Load, Need
 from kvcached_core.sglang_load import States, most_tokens, pool_tokens
 from tests.unit.test_lockstep import PAGE, Engine, Group, Tokens, another, ids
@@ -275,11 +276,10 @@ def test_a_state_is_no_matter_of_length(ledger: Ledger) -> None:
         20,
         [ArenaShape(20, 3 * PAGE, PAGE, segments=2)],
         [Account(ledger, group.member, (2 * PAGE,), 6 * PAGE)],
-        block_tokens=1,
-        fixed_blocks=3,
+        Holding(1, fixed_blocks=3),
     )
-    assert pool.blocks_of(1) == pool.blocks_of(10_000) == 3
-    assert pool.next_blocks_of(1, 10_000) == 0
+    assert pool.holding.blocks_of(1) == pool.holding.blocks_of(10_000) == 3
+    assert pool.holding.next_blocks_of(1, 10_000) == 0
     assert pool.page_bytes == 2 * PAGE and pool.block_bytes == 6 * PAGE
     # The null slot's pages: three in each of two layers.
     assert group.member.info().leased == (2 + 6) * PAGE

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvcached_core import Ledger
+from kvcached_core.holding import Holding
 from tests.support.block_pool import PAGE, Engine
 
 
@@ -100,7 +101,7 @@ def test_a_limit_that_is_lowered_shrinks_an_idle_engine(ledger: Ledger) -> None:
 
 
 def test_a_limit_below_what_runs_preempts_from_the_end(ledger: Ledger) -> None:
-    engine = Engine(ledger, 400, PAGE, block_tokens=16)
+    engine = Engine(ledger, 400, PAGE, holding=Holding(16))
     running = [engine.take(8) for _ in range(5)]
     assert all(running)
     requests = [Request(128, 128) for _ in running]
@@ -184,7 +185,7 @@ def test_a_trim_of_some_bytes_stops_there(ledger: Ledger) -> None:
 
 
 def test_demand_covers_all_that_wait(ledger: Ledger) -> None:
-    engine = Engine(ledger, 400, PAGE, block_tokens=16)
+    engine = Engine(ledger, 400, PAGE, holding=Holding(16))
     neighbour = another(ledger).join("neighbour")
     assert neighbour.lease(60 * PAGE)
     waiting = [Request(160), Request(320), Request(80)]
@@ -231,7 +232,7 @@ def test_a_large_request_gets_what_it_lacks_and_what_is_free(ledger: Ledger, fre
 
 
 def test_what_runs_keeps_its_next_blocks(ledger: Ledger) -> None:
-    busy = Engine(ledger, 400, PAGE, parked_bytes=100 * PAGE, decay_s=1000, block_tokens=16)
+    busy = Engine(ledger, 400, PAGE, parked_bytes=100 * PAGE, decay_s=1000, holding=Holding(16))
     running, unused = busy.take(20), busy.take(20)
     assert running is not None and unused is not None
     busy.free(unused)
