@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .._core import VmmError
 from ..config import Config
 from ..devices import open_backend
+from .host_file import sweep
 from .memory import MovedMemory
 from .wake_lease import WakeRefused
 from .weights_copy import WeightsCopy, fingerprint
@@ -158,6 +159,7 @@ def weights_of(
         [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()],
     )
     directory = config.weights_path(kind)
+    sweep(directory)
 
     def group(tensors: Any, key: str | None) -> Group:
         copy = WeightsCopy(backend, directory, key, resident=kind != "host")
