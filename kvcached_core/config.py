@@ -20,6 +20,8 @@ from .units import Amount, parse_size
 
 SWITCH = "ENABLE_KVCACHED"
 PREFIX = "KVCACHED_"
+WEIGHTS = "weights"
+"""Folder beside the ledgers for the weights of engines that sleep."""
 
 Bytes = Annotated[int, BeforeValidator(parse_size)]
 AmountOf = Annotated[Amount, BeforeValidator(Amount.parse)]
@@ -121,7 +123,7 @@ class Config(BaseModel):
         # In memory, from which a device reads at the bus's speed; but the host's own weights would
         # not have left it there.
         root = self.ledger_dir if kind != "host" else default_disk_dir()
-        return root / "weights"
+        return root / WEIGHTS
 
     @classmethod
     def load(

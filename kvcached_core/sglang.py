@@ -328,6 +328,13 @@ class SglangRank:
             return [*received, self.order]
         return received
 
+    def spare(self) -> int:
+        """Bytes of this rank that nothing needs until it computes again."""
+        if self._static is None:
+            return 0
+        arenas = [arena for pool in self._pools for arena in pool.arenas]
+        return self._static.spare(sum(arena.committed_bytes for arena in arenas))
+
     def note_away(self, num_bytes: int) -> None:
         """So many bytes of this rank's weights are not on the device now."""
         if self._static is not None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import os
 import sys
 import time
@@ -31,6 +33,7 @@ class StaticMemory:
         graphs: of ``registered``, what was reckoned for graphs that are captured after this. If the
             allocator has not grown by as much then, the rest was somebody else's: an engine
             reckons from what the whole device has left, and a neighbour may have been loading.
+        empty: has the framework's allocator give back what it holds for reuse.
     """
 
     def __init__(
@@ -40,8 +43,10 @@ class StaticMemory:
         process: Callable[[], int | None],
         publish: Callable[[int], None],
         graphs: int = 0,
+        empty: Callable[[], object] = lambda: None,
     ) -> None:
         self._registered = registered
+        self._empty = empty
         self._graphs = graphs
         self._reserved_before = reserved() if graphs else 0
         self._reserved = reserved
@@ -49,7 +54,7 @@ class StaticMemory:
         self._publish = publish
         self._beside: int | None = None
         self._published = registered
-        self._looked_at = 0.0
+        self._looked_at = -math.inf
         self._away = 0
 
     def set_away(self, num_bytes: int) -> None:
@@ -59,6 +64,17 @@ class StaticMemory:
         """
         self._published -= num_bytes - self._away
         self._away = num_bytes
+
+    def spare(self, committed: int) -> int:
+        """Of what is registered, the bytes this process can do without until it computes again.
+
+        Args:
+            committed: bytes of the process that are KV cache.
+        """
+        self._empty()
+        self._looked_at = -math.inf
+        self.refresh(committed)
+        return max(0, self._registered - self._reserved())
 
     def refresh(self, committed: int) -> None:
         """Look again, at most every 100 ms.
@@ -101,4 +117,5 @@ def follow_static(
         lambda: None if usage is None else usage.process_bytes(os.getpid()),
         arena.set_static,
         graphs,
+        lambda: (gc.collect(), cuda.empty_cache()),
     )

@@ -124,6 +124,7 @@ class VllmWorker:
         self._static: StaticMemory | None = None
         self._sleep: WorkerSleep | None = None
         self._restoring = False
+        self._spare = self._spare_asleep = 0
         self.static_bytes = 0
         """Weights and the profiled peak of activations."""
         self.graph_bytes = 0
@@ -182,6 +183,8 @@ class VllmWorker:
         if self._sleep is None:
             raise RuntimeError("sleep mode is off: start the engine with --enable-sleep-mode")
         self._sleep.sleep(level)
+        if self._static is not None and self._arena is not None:
+            self._spare = self._spare_asleep = self._static.spare(self._arena.committed_bytes)
         self._note_away()
 
     def wake(self, tags: Sequence[str] | None) -> None:
@@ -189,6 +192,8 @@ class VllmWorker:
         if self._sleep is None:
             return
         self._sleep.wake(tags)
+        if not self._sleep.away_of(["weights"]):
+            self._spare = 0
         self._note_away()
         self._order_copies()
         self._restoring = True
@@ -197,6 +202,7 @@ class VllmWorker:
         """Take back the latest wake."""
         if self._sleep is not None:
             self._sleep.sleep_again(tags)
+            self._spare = self._spare_asleep
             self._note_away()
 
     def needs_reload(self, tags: Sequence[str] | None) -> bool:
@@ -204,12 +210,14 @@ class VllmWorker:
         return tags is None and self._sleep is not None and self._sleep.level == 2
 
     def away(self) -> int:
-        """Bytes of weights that the device does without now."""
-        return 0 if self._sleep is None else self._sleep.away()
+        """Bytes that this rank does without now: weights, and what computing takes besides."""
+        return 0 if self._sleep is None else self._sleep.away() + self._spare
 
     def away_of(self, tags: Sequence[str] | None) -> int:
         """Bytes that a wake of these tags needs."""
-        return 0 if self._sleep is None else self._sleep.away_of(tags)
+        if self._sleep is None:
+            return 0
+        return self._sleep.away_of(tags) + (self._spare if not tags or "weights" in tags else 0)
 
     def _note_away(self) -> None:
         if self._static is not None:

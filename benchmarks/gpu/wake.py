@@ -28,6 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 from benchmarks.gpu.many_engines import came_up
 from benchmarks.gpu.tokens_and_throughput import LLAMA_8B, DeviceMemory
 from kvcached_core import Ledger
+from kvcached_core.sleep.host_file import sweep
 from tests.support.prompts import equal_prompts
 from tests.support.server import Server
 from tests.support.tiny_model import LLAMA, TinySpec, make_tiny_model
@@ -204,6 +205,7 @@ def main() -> int:
                     report[system] = two(server, stack, args, memory, folder)
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(report) + "\n")
+    sweep(Path("/dev/shm/kvcached-wake"))  # of servers that had to be killed
     memory.stop()
     for system in args.systems:
         if system in report:

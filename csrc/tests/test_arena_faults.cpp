@@ -58,6 +58,12 @@ class PageByPage final : public Backend {
   Status zero(Address a, std::size_t n) override { return inner_.zero(a, n); }
   Status fence() override { return inner_.fence(); }
   Status memory_info(MemoryInfo* i) override { return inner_.memory_info(i); }
+  Status upload(Address a, const void* p, std::size_t n) override { return inner_.upload(a, p, n); }
+  Status download(void* p, Address a, std::size_t n) override { return inner_.download(p, a, n); }
+  Status finish_copies() override { return inner_.finish_copies(); }
+  Status copies_before(std::uint64_t s) override { return inner_.copies_before(s); }
+  Status pin(void* p, std::size_t n) override { return inner_.pin(p, n); }
+  Status unpin(void* p) override { return inner_.unpin(p); }
 
  private:
   HostBackend& inner_;

@@ -32,6 +32,12 @@ class Gate final : public Backend {
   Status unmap(Address a, std::size_t n) override { return inner_.unmap(a, n); }
   Status zero(Address a, std::size_t n) override { return inner_.zero(a, n); }
   Status memory_info(MemoryInfo* i) override { return inner_.memory_info(i); }
+  Status upload(Address a, const void* p, std::size_t n) override { return inner_.upload(a, p, n); }
+  Status download(void* p, Address a, std::size_t n) override { return inner_.download(p, a, n); }
+  Status finish_copies() override { return inner_.finish_copies(); }
+  Status copies_before(std::uint64_t s) override { return inner_.copies_before(s); }
+  Status pin(void* p, std::size_t n) override { return inner_.pin(p, n); }
+  Status unpin(void* p) override { return inner_.unpin(p); }
   Status fence() override {
     std::unique_lock lock(mutex_);
     ++waiting_;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <vector>
 
 #include "support.h"
 
@@ -199,4 +200,22 @@ TEST_CASE("the fault wrapper fails the k-th call, of one operation if asked") {
   const auto start = std::chrono::steady_clock::now();
   REQUIRE_OK(backend.fence());
   CHECK(std::chrono::steady_clock::now() - start >= std::chrono::milliseconds(20));
+}
+
+TEST_CASE("copies reach mapped addresses only") {
+  Mapped m;
+  std::vector<char> there(2 * kPage, 'x'), back(kPage, ' ');
+  REQUIRE_OK(m.backend->upload(m.base + 16, there.data(), kPage - 16));
+  REQUIRE_OK(m.backend->download(back.data(), m.base + 16, kPage - 16));
+  CHECK(std::count(back.begin(), back.end(), 'x') == kPage - 16);
+  CHECK(m.backend->upload(m.base + 16, there.data(), kPage).code == Code::invalid_argument);
+  CHECK(m.backend->download(back.data(), m.base + kPage, 1).code == Code::invalid_argument);
+  CHECK(m.backend->download(back.data(), m.base - 1, 1).code == Code::invalid_argument);
+  // Over several mappings at once; and not where access was not set.
+  Page next;
+  REQUIRE_OK(m.backend->create(kPage, &next));
+  REQUIRE_OK(m.backend->map(m.base + kPage, kPage, next));
+  CHECK(m.backend->upload(m.base, there.data(), 2 * kPage).code == Code::invalid_argument);
+  REQUIRE_OK(m.backend->set_access(m.base + kPage, kPage));
+  REQUIRE_OK(m.backend->upload(m.base, there.data(), 2 * kPage));
 }

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kvctl delete``: the dead, and ledgers nobody uses; never anything that lives."""
+"""``kvctl delete``: the dead, their weights, and ledgers nobody uses; never what lives."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from .._core import Ledger, VmmError
+from ..config import WEIGHTS
+from ..sleep.host_file import sweep
 from .errors import CtlError
 from .frames import LedgerFrame, Ledgers
 from .options import read
@@ -39,6 +41,7 @@ def delete_member(ledgers: Ledgers, name: str) -> Deleted:
     for frame in frames:
         if any(target.frame is frame for target in found):
             deleted.members += _reap(ledgers, frame)
+    _sweep(ledgers)
     return deleted
 
 
@@ -49,6 +52,7 @@ def delete_unused(ledgers: Ledgers) -> Deleted:
         CtlError: the one ledger that was named is in use, or there is none at all.
     """
     deleted = Deleted()
+    _sweep(ledgers)
     for frame in read(ledgers):
         if frame.error is None:
             deleted.members += _reap(ledgers, frame)
@@ -67,6 +71,11 @@ def delete_unused(ledgers: Ledgers) -> Deleted:
         names = ", ".join(member.name for frame in deleted.kept for member in frame.living)
         raise CtlError(f"ledger {ledgers.key} is in use by {names}: stop them first")
     return deleted
+
+
+def _sweep(ledgers: Ledgers) -> None:
+    # Where they are unless KVCACHED_WEIGHTS_DIR says otherwise: there the next engine does it.
+    sweep(ledgers.directory / WEIGHTS)
 
 
 def _reap(ledgers: Ledgers, frame: LedgerFrame) -> list[Target]:

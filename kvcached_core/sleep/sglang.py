@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .._core import VmmError
 from ..config import Config
 from ..devices import open_backend
+from .host_file import sweep
 from .memory import MovedMemory
 from .wake_lease import WakeRefused
 from .weights_copy import WeightsCopy, fingerprint
@@ -39,6 +40,7 @@ class SglangSleep:
         self._ranks = ranks
         self._worker = worker
         self._asleep: set[str] = set()
+        self._spare = 0
 
     @property
     def asleep(self) -> bool:
@@ -60,8 +62,9 @@ class SglangSleep:
             if failed:
                 self._worker.wake()
                 return f"kvcached cannot sleep: {failed}"
-            self._rank.note_away(self._worker.away())
-            away = self._ranks.gather(self._worker.away())
+            self._spare = self._rank.spare()
+            self._rank.note_away(self._away())
+            away = self._ranks.gather(self._away())
             if self._rank.scheduler is not None:
                 assert self._rank.scheduler.sleep is not None
                 self._rank.scheduler.sleep.note_away(away)
@@ -81,13 +84,17 @@ class SglangSleep:
         """
         old = set(tags or TAGS) & self._asleep
         if "weights" in old:
-            coming = self._ranks.gather(self._worker.away())
+            coming = self._ranks.gather(self._away())
             failed = self._lead(coming) if self._rank.scheduler is not None else self._follow()
             if failed:
                 return failed
-            self._rank.note_away(self._worker.away())
+            self._spare = 0
+            self._rank.note_away(0)
         self._asleep -= old
         return ""
+
+    def _away(self) -> int:
+        return self._worker.away() + self._spare
 
     def _lead(self, coming: Sequence[int]) -> str:
         scheduler = self._rank.scheduler
@@ -158,6 +165,7 @@ def weights_of(
         [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()],
     )
     directory = config.weights_path(kind)
+    sweep(directory)
 
     def group(tensors: Any, key: str | None) -> Group:
         copy = WeightsCopy(backend, directory, key, resident=kind != "host")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._core import Backend
 from ..config import Config
+from .host_file import sweep
 from .memory import MovedMemory, PoolMemory
 from .weights_copy import Part, WeightsCopy, fingerprint
 from .worker_sleep import Group, WorkerSleep
@@ -88,6 +89,7 @@ def worker_sleep(
     )
 
     directory = config.weights_path("host" if cumem is None else "cuda")
+    sweep(directory)
 
     def group(memory: Any, key: str | None) -> Group:
         return Group(

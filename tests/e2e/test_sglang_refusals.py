@@ -30,7 +30,6 @@ FLAGS = {
     "hierarchical": ("--enable-hierarchical-cache",),
     "lmcache": ("--enable-lmcache",),
     "hisparse": ("--enable-hisparse",),
-    "memory-saver": ("--enable-memory-saver",),
     "unified-memory": ("--enable-unified-memory", "--attention-backend=triton"),
     "page-major": ("--enable-page-major-kv-layout", "--attention-backend=triton"),
     "mixed-chunk": ("--enable-mixed-chunk",),

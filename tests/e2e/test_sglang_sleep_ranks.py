@@ -67,7 +67,7 @@ class Rank:
         self.scheduler: Any = None
         if index == 0:
             self.scheduler = Scheduler()
-            self.member = ledger.join("engine", 2 * worker.num_bytes)
+            self.member = ledger.join("engine", 2 * (worker.num_bytes + 3 * MIB))
             self.scheduler.sleep = EngineSleep(
                 self.scheduler, {"host": (ledger, self.member)}, ["host"] * 2, 0.2
             )
@@ -81,8 +81,11 @@ class Rank:
     def give_all(self) -> None:
         self.given += 1
 
+    def spare(self) -> int:
+        return 3 * MIB
+
     def note_away(self, num_bytes: int) -> None:
-        pass
+        self.noted = num_bytes
 
     @property
     def intact(self) -> bool:

@@ -24,6 +24,7 @@ import pytest
 from kvcached_core._core import Ledger, LedgerRefused
 from kvcached_core.cli import kvctl
 from kvcached_core.cli.values import parse_address, parse_duration, parse_percent, printable
+from kvcached_core.sleep.host_file import HostFile
 from tests.support.ledger_member import MIB, member
 
 KVCTL = (sys.executable, "-m", "kvcached_core.cli.kvctl")
@@ -373,6 +374,17 @@ def test_delete_the_dead(directory: Path, ctl: Ctl) -> None:
     # The next engine starts as on the first day.
     with member(host(directory), name="c"):
         assert ctl("show", "c").status == 0
+
+
+def test_delete_takes_the_weights_of_the_dead(directory: Path, ctl: Ctl) -> None:
+    weights = directory / "weights"
+    used = HostFile.create(weights, 4096)
+    used.publish("used")
+    (weights / "left.weights").write_bytes(bytes(4096))
+    Ledger(directory / "host-0.ledger", 1 << 20, 0)
+    assert ctl("delete").status == 0
+    assert [path.name for path in weights.iterdir()] == ["used.weights"]
+    used.close()
 
 
 def test_delete_races_with_joins(directory: Path, ctl: Ctl) -> None:

@@ -77,3 +77,24 @@ def test_what_is_away_is_not_held(clock: list[float], first_asleep: bool) -> Non
     clock[0] += 1
     static.refresh(committed=GIB)
     assert not told and ledger == 18 * GIB
+
+
+def test_what_computing_takes_is_spare_in_a_sleep(clock: list[float]) -> None:
+    """Weights of 10 GiB, 4 GiB registered for activations, of which the allocator kept 2 + 3."""
+    reserved, process, told = [15 * GIB], [16 * GIB], []
+
+    def empty() -> None:
+        process[0] -= reserved[0] - 10 * GIB
+        reserved[0] = 10 * GIB
+
+    static = StaticMemory(
+        14 * GIB, lambda: reserved[0], lambda: process[0], told.append, empty=empty
+    )
+    static.refresh(committed=0)
+    assert told.pop() == 16 * GIB
+    assert static.spare(committed=0) == 4 * GIB
+    assert told.pop() == 15 * GIB  # what was kept beyond the plan is told from here
+    static.set_away(10 * GIB + 4 * GIB)
+    clock[0] += 1
+    static.refresh(committed=0)
+    assert not told, "others told the rest: it holds its context"
