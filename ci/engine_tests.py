@@ -98,7 +98,10 @@ def _run(
     cache = model_cache.build((args.model_cache or out / "model_cache").resolve())
     print(f"model cache: {time.monotonic() - began:.0f} s", flush=True)
     ran: dict[str, Outcomes] = {}
-    with tempfile.TemporaryDirectory(prefix="engine-tests-", ignore_cleanup_errors=True) as work:
+    # Not in nox's folder: the engine makes sockets below, whose paths have 107 characters at most.
+    with tempfile.TemporaryDirectory(
+        prefix="engine-tests-", dir="/tmp", ignore_cleanup_errors=True
+    ) as work:
         tree = Path(work) / "tree"
         tree.mkdir()
         copy_tests(args.source, tree)
