@@ -9,6 +9,7 @@
 #include <csignal>
 #include <cstring>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "kvcached/arena.h"
@@ -33,6 +34,35 @@ inline std::unique_ptr<HostBackend> host(std::size_t capacity = kCapacity) {
   REQUIRE_OK(HostBackend::open("test", capacity, &backend));
   return backend;
 }
+
+// Does what another backend does, for tests that change one thing of it.
+class Forwarding : public Backend {
+ public:
+  explicit Forwarding(Backend& inner) : inner_(inner) {}
+  std::size_t granularity() const override { return inner_.granularity(); }
+  std::string device_key() const override { return inner_.device_key(); }
+  DlpackDevice dlpack_device() const override { return inner_.dlpack_device(); }
+  bool unmaps_runs() const override { return inner_.unmaps_runs(); }
+  Status reserve(std::size_t n, Address* a) override { return inner_.reserve(n, a); }
+  Status release_range(Address a, std::size_t n) override { return inner_.release_range(a, n); }
+  Status create(std::size_t n, Page* p) override { return inner_.create(n, p); }
+  Status destroy(Page p) override { return inner_.destroy(p); }
+  Status map(Address a, std::size_t n, Page p) override { return inner_.map(a, n, p); }
+  Status set_access(Address a, std::size_t n) override { return inner_.set_access(a, n); }
+  Status unmap(Address a, std::size_t n) override { return inner_.unmap(a, n); }
+  Status zero(Address a, std::size_t n) override { return inner_.zero(a, n); }
+  Status fence() override { return inner_.fence(); }
+  Status memory_info(MemoryInfo* i) override { return inner_.memory_info(i); }
+  Status upload(Address a, const void* p, std::size_t n) override { return inner_.upload(a, p, n); }
+  Status download(void* p, Address a, std::size_t n) override { return inner_.download(p, a, n); }
+  Status finish_copies() override { return inner_.finish_copies(); }
+  Status copies_before(std::uint64_t s) override { return inner_.copies_before(s); }
+  Status pin(void* p, std::size_t n) override { return inner_.pin(p, n); }
+  Status unpin(void* p) override { return inner_.unpin(p); }
+
+ protected:
+  Backend& inner_;
+};
 
 inline unsigned char* pointer(Address address) { return reinterpret_cast<unsigned char*>(address); }
 

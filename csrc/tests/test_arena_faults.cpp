@@ -37,36 +37,15 @@ struct State {
   bool operator==(const State&) const = default;
 };
 
-// Forwards to a host backend as a driver would that unmaps page by page.
-class PageByPage final : public Backend {
+// As a driver that unmaps page by page.
+class PageByPage final : public Forwarding {
  public:
-  explicit PageByPage(HostBackend& inner) : inner_(inner) {}
-  std::size_t granularity() const override { return inner_.granularity(); }
-  std::string device_key() const override { return inner_.device_key(); }
-  DlpackDevice dlpack_device() const override { return inner_.dlpack_device(); }
+  using Forwarding::Forwarding;
   bool unmaps_runs() const override { return false; }
-  Status reserve(std::size_t n, Address* a) override { return inner_.reserve(n, a); }
-  Status release_range(Address a, std::size_t n) override { return inner_.release_range(a, n); }
-  Status create(std::size_t n, Page* p) override { return inner_.create(n, p); }
-  Status destroy(Page p) override { return inner_.destroy(p); }
-  Status map(Address a, std::size_t n, Page p) override { return inner_.map(a, n, p); }
-  Status set_access(Address a, std::size_t n) override { return inner_.set_access(a, n); }
   Status unmap(Address a, std::size_t n) override {
     REQUIRE(n == kPage);
-    return inner_.unmap(a, n);
+    return Forwarding::unmap(a, n);
   }
-  Status zero(Address a, std::size_t n) override { return inner_.zero(a, n); }
-  Status fence() override { return inner_.fence(); }
-  Status memory_info(MemoryInfo* i) override { return inner_.memory_info(i); }
-  Status upload(Address a, const void* p, std::size_t n) override { return inner_.upload(a, p, n); }
-  Status download(void* p, Address a, std::size_t n) override { return inner_.download(p, a, n); }
-  Status finish_copies() override { return inner_.finish_copies(); }
-  Status copies_before(std::uint64_t s) override { return inner_.copies_before(s); }
-  Status pin(void* p, std::size_t n) override { return inner_.pin(p, n); }
-  Status unpin(void* p) override { return inner_.unpin(p); }
-
- private:
-  HostBackend& inner_;
 };
 
 struct World {

@@ -16,28 +16,9 @@ constexpr auto kPageSize = static_cast<std::int64_t>(kPage);
 using Ranges = std::vector<BlockRange>;
 
 // A fence that opens when the test says so, as a device does that is busy until then.
-class Gate final : public Backend {
+class Gate final : public Forwarding {
  public:
-  explicit Gate(Backend& inner) : inner_(inner) {}
-  std::size_t granularity() const override { return inner_.granularity(); }
-  std::string device_key() const override { return inner_.device_key(); }
-  DlpackDevice dlpack_device() const override { return inner_.dlpack_device(); }
-  bool unmaps_runs() const override { return inner_.unmaps_runs(); }
-  Status reserve(std::size_t n, Address* a) override { return inner_.reserve(n, a); }
-  Status release_range(Address a, std::size_t n) override { return inner_.release_range(a, n); }
-  Status create(std::size_t n, Page* p) override { return inner_.create(n, p); }
-  Status destroy(Page p) override { return inner_.destroy(p); }
-  Status map(Address a, std::size_t n, Page p) override { return inner_.map(a, n, p); }
-  Status set_access(Address a, std::size_t n) override { return inner_.set_access(a, n); }
-  Status unmap(Address a, std::size_t n) override { return inner_.unmap(a, n); }
-  Status zero(Address a, std::size_t n) override { return inner_.zero(a, n); }
-  Status memory_info(MemoryInfo* i) override { return inner_.memory_info(i); }
-  Status upload(Address a, const void* p, std::size_t n) override { return inner_.upload(a, p, n); }
-  Status download(void* p, Address a, std::size_t n) override { return inner_.download(p, a, n); }
-  Status finish_copies() override { return inner_.finish_copies(); }
-  Status copies_before(std::uint64_t s) override { return inner_.copies_before(s); }
-  Status pin(void* p, std::size_t n) override { return inner_.pin(p, n); }
-  Status unpin(void* p) override { return inner_.unpin(p); }
+  using Forwarding::Forwarding;
   Status fence() override {
     std::unique_lock lock(mutex_);
     ++waiting_;
@@ -59,7 +40,6 @@ class Gate final : public Backend {
     waiting_ = 0;
     changed_.notify_all();
   }
-  Backend& inner_;
   std::mutex mutex_;
   std::condition_variable changed_;
   bool open_ = true;
