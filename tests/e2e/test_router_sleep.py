@@ -16,7 +16,6 @@ from tests.support.engines import engine_environment
 from tests.support.launched import site, until
 from tests.support.server import free_port
 
-pytest.importorskip("kvcached_core.sleep", reason="engines of this series have no sleep mode")
 pytestmark = pytest.mark.timeout(300)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,19 @@ import pytest
 from kvcached_core import Ledger
 from tests.e2e.conftest import Models
 from tests.support.elastic import check_account
-from tests.support.prompts import Prompt, equal_prompts
-from tests.support.server import Answer, burst
+from tests.support.prompts import equal_prompts
 from tests.support.sglang_fixtures import check_unhurt
 from tests.support.sglang_server import SglangHost
-from tests.support.sleeper import MIB, SglangSleeper, account, page_bytes, resident_bytes
+from tests.support.sleeper import (
+    MIB,
+    Alone,
+    SglangSleeper,
+    account,
+    page_bytes,
+    resident_bytes,
+    take_turns,
+    tokens_of,
+)
 from tests.support.watch import LedgerWatch, wait_until
 
 pytest_plugins = ["tests.support.sglang_fixtures"]
@@ -26,24 +33,6 @@ pytestmark = pytest.mark.timeout(600)
 CAPACITY = 48 * MIB
 CYCLES = 100
 WAKE_WAIT_MS = 2000
-
-
-@dataclass
-class Alone:
-    """A server, and what it answered before it ever slept."""
-
-    server: SglangSleeper
-    ledger: Ledger
-    prompts: list[Prompt]
-    tokens: list[list[int]] = field(default_factory=list)
-
-    def ask(self) -> list[list[int]]:
-        return [_right(answer).tokens for answer in burst(self.server, self.prompts, 16)]
-
-
-def _right(answer: Answer) -> Answer:
-    assert answer.status == 200, answer.error
-    return answer
 
 
 def _sleeper(
@@ -169,14 +158,14 @@ def test_no_place_for_the_copy_leaves_the_engine_awake(
     prompts = equal_prompts(2, 300, 7)
     try:
         server.start().wait_ready()
-        expected = [_right(a).tokens for a in burst(server, prompts, 16)]
+        expected = tokens_of(server, prompts)
         status, text = server.try_sleep()
         assert status == 400 and "kvcached cannot sleep" in text
-        assert [_right(a).tokens for a in burst(server, prompts, 16)] == expected
+        assert tokens_of(server, prompts) == expected
         (tmp_path / "weights").unlink()
         server.sleep()
         server.wake()
-        assert [_right(a).tokens for a in burst(server, prompts, 16)] == expected
+        assert tokens_of(server, prompts) == expected
     finally:
         server.stop()
 
@@ -204,24 +193,7 @@ def test_two_in_turn_on_memory_for_one_and_a_half(
     ]
     prompts = equal_prompts(4, 300, 11)
     try:
-        expected = []
-        for server in servers:
-            server.start().wait_ready()
-            expected.append([_right(a).tokens for a in burst(server, prompts, 16)])
-            server.sleep()
-        assert expected[0] == expected[1]
-        ledger = Ledger(tmp_path / "ledger" / "host-0.ledger")
-        kept = [p for p in (tmp_path / "weights").iterdir() if p.suffix == ".weights"]
-        assert len(kept) == 1
-        with LedgerWatch(Path(ledger.path)) as watch:
-            for turn in range(8):
-                server, other = servers[turn % 2], servers[1 - turn % 2]
-                server.wake()
-                status, text = other.try_wake()
-                assert status == 503 and server.name in text
-                assert [_right(a).tokens for a in burst(server, prompts, 16)] == expected[0]
-                server.sleep()
-        check_account(watch)
+        take_turns(servers, prompts, tmp_path)
         for server in servers:
             check_unhurt(server)
     finally:
@@ -238,20 +210,20 @@ def test_two_ranks_sleep_and_wake_alike(
         server.start().wait_ready()
         ledger = Ledger(tmp_path / "ledger" / "host-0.ledger")
         awake = account(ledger, "ranks")
-        expected = [_right(a).tokens for a in burst(server, prompts, 16)]
+        expected = tokens_of(server, prompts)
         for _ in range(5):
             server.sleep()
             assert account(ledger, "ranks").static == 0
             server.wake()
             assert account(ledger, "ranks").static == awake.static
-            assert [_right(a).tokens for a in burst(server, prompts, 16)] == expected
+            assert tokens_of(server, prompts) == expected
         server.sleep()
         other = ledger.join("greedy")
         assert other.lease(ledger.available())
         assert server.try_wake()[0] == 503
         other.leave()
         server.wake()
-        assert [_right(a).tokens for a in burst(server, prompts, 16)] == expected
+        assert tokens_of(server, prompts) == expected
         check_unhurt(server)
     finally:
         server.stop()

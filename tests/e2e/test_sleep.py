@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,18 @@ from kvcached_core import Ledger
 from tests.e2e.conftest import SERVER_ARGS, Models
 from tests.support.elastic import check_account
 from tests.support.engines import engine_environment
-from tests.support.prompts import Prompt, equal_prompts
-from tests.support.server import Answer, burst
-from tests.support.sleeper import MIB, Sleeper, account, page_bytes, resident_bytes
+from tests.support.prompts import equal_prompts
+from tests.support.server import burst
+from tests.support.sleeper import (
+    MIB,
+    Alone,
+    Sleeper,
+    account,
+    page_bytes,
+    resident_bytes,
+    take_turns,
+    tokens_of,
+)
 from tests.support.watch import LedgerWatch, wait_until
 
 pytestmark = pytest.mark.timeout(600)
@@ -28,25 +36,6 @@ pytestmark = pytest.mark.timeout(600)
 CAPACITY = 48 * MIB
 CYCLES = 100
 WAKE_WAIT_MS = 2000
-
-
-@dataclass
-class Alone:
-    """A server, and what it answered before it ever slept."""
-
-    server: Sleeper
-    ledger: Ledger
-    prompts: list[Prompt]
-    tokens: list[list[int]] = field(default_factory=list)
-
-    def ask(self) -> list[list[int]]:
-        answers = burst(self.server, self.prompts, 16)
-        return [_right(answer).tokens for answer in answers]
-
-
-def _right(answer: Answer) -> Answer:
-    assert answer.status == 200, answer.error
-    return answer
 
 
 def _sleeper(
@@ -237,7 +226,7 @@ def test_two_ranks_sleep_and_wake_alike(models: Models, tmp_path: Path) -> None:
         server.start().wait_ready()
         ledger = Ledger(tmp_path / "ledger" / "host-0.ledger")
         awake = account(ledger, "ranks")
-        expected = [_right(a).tokens for a in burst(server, prompts, 16)]
+        expected = tokens_of(server, prompts)
         for level in (1, 2, 1):
             server.sleep(level)
             assert account(ledger, "ranks").static == 0
@@ -247,7 +236,7 @@ def test_two_ranks_sleep_and_wake_alike(models: Models, tmp_path: Path) -> None:
             other.leave()
             server.wake()
             assert account(ledger, "ranks").static == awake.static
-            assert [_right(a).tokens for a in burst(server, prompts, 16)] == expected
+            assert tokens_of(server, prompts) == expected
     finally:
         server.stop()
 
@@ -258,26 +247,7 @@ def test_two_in_turn_on_memory_for_one_and_a_half(models: Models, tmp_path: Path
     servers = [_sleeper(name, models, tmp_path, capacity) for name in ("one", "two")]
     prompts = equal_prompts(6, 300, 11)
     try:
-        expected = []
-        for server in servers:
-            server.start().wait_ready()
-            expected.append([_right(a).tokens for a in burst(server, prompts, 16)])
-            server.sleep()
-        assert expected[0] == expected[1]
-        ledger = Ledger(tmp_path / "ledger" / "host-0.ledger")
-        # Equal weights: one copy for both.
-        kept = [p for p in (tmp_path / "weights").iterdir() if p.suffix == ".weights"]
-        assert len(kept) == 1
-        with LedgerWatch(Path(ledger.path)) as watch:
-            for turn in range(8):
-                server, other = servers[turn % 2], servers[1 - turn % 2]
-                server.wake()
-                # Its weights leave no room for the other's.
-                status, text = other.try_wake()
-                assert status == 503 and server.name in text
-                assert [_right(a).tokens for a in burst(server, prompts, 16)] == expected[0]
-                server.sleep()
-        check_account(watch)
+        take_turns(servers, prompts, tmp_path)
     finally:
         for server in servers:
             server.stop()
@@ -288,17 +258,17 @@ def test_a_wake_takes_a_neighbours_prefix_cache(models: Models, tmp_path: Path) 
     prompts = equal_prompts(6, 300, 13)
     try:
         one.start().wait_ready()
-        expected = [_right(a).tokens for a in burst(one, prompts, 16)]
+        expected = tokens_of(one, prompts)
         one.sleep()
         two.start().wait_ready()
         ledger = Ledger(tmp_path / "ledger" / "host-0.ledger")
         for seed in range(20, 28):
             for answer in burst(two, equal_prompts(8, 1000, seed), 4):
-                _right(answer)
+                assert answer.status == 200, answer.error
         free = ledger.available()
         assert free < 16 * MIB, "the neighbour's cache leaves room as it is"
         one.wake()
-        assert [_right(a).tokens for a in burst(one, prompts, 16)] == expected
+        assert tokens_of(one, prompts) == expected
     finally:
         one.stop()
         two.stop()

@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 from kvcached_core import Ledger
 
-from .elastic import elastic_env
-from .server import HttpServer, Server
+from .elastic import check_account, elastic_env
+from .prompts import Prompt
+from .server import HttpServer, Server, burst
 from .sglang_server import SglangHost, SglangServer
-from .watch import page_memory, process_tree
+from .watch import LedgerWatch, page_memory, process_tree
 
 MIB = 1 << 20
 
@@ -99,3 +101,49 @@ def page_bytes(server: HttpServer) -> int:
 def resident_bytes(server: HttpServer) -> int:
     """Of all its processes, what they share counted once."""
     return sum(psutil.Process(p).memory_full_info().pss for p in process_tree(server.pid))
+
+
+def tokens_of(server: HttpServer, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Of its answers, all of which must be good."""
+    answers = burst(server, prompts, 16)
+    for answer in answers:
+        assert answer.status == 200, answer.error
+    return [answer.tokens for answer in answers]
+
+
+@dataclass
+class Alone:
+    """A server, and what it answered before it ever slept."""
+
+    server: Sleeper | SglangSleeper
+    ledger: Ledger
+    prompts: list[Prompt]
+    tokens: list[list[int]] = field(default_factory=list)
+
+    def ask(self) -> list[list[int]]:
+        return tokens_of(self.server, self.prompts)
+
+
+def take_turns(
+    servers: Sequence[Sleeper | SglangSleeper], prompts: Sequence[Prompt], folder: Path
+) -> None:
+    """Start two servers of one model on memory for the weights of one, and wake them in turn."""
+    expected = []
+    for server in servers:
+        server.start().wait_ready()
+        expected.append(tokens_of(server, prompts))
+        server.sleep()
+    assert expected[0] == expected[1]
+    # Equal weights: one copy for both.
+    kept = [p for p in (folder / "weights").iterdir() if p.suffix == ".weights"]
+    assert len(kept) == 1
+    with LedgerWatch(folder / "ledger" / "host-0.ledger") as watch:
+        for turn in range(8):
+            server, other = servers[turn % 2], servers[1 - turn % 2]
+            server.wake()
+            # Its weights leave no room for the other's.
+            status, text = other.try_wake()
+            assert status == 503 and server.name in text
+            assert tokens_of(server, prompts) == expected[0]
+            server.sleep()
+    check_account(watch)
