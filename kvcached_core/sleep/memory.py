@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .._core import Arena, Backend, Geometry, PagePool
-from .weights_copy import Part
+from .compare import Part
 
 _SMALL_PAGE = 2 << 20
 _LARGE_PAGE = 32 << 20

@@ -12,7 +12,7 @@ from ..devices import open_backend
 from .host_file import sweep
 from .memory import MovedMemory
 from .wake_lease import WakeRefused
-from .weights_copy import WeightsCopy, fingerprint
+from .weights_copy import copy_of_engine, fingerprint
 from .worker_sleep import Group, WorkerSleep
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def weights_of(
     sweep(directory)
 
     def group(tensors: Any, key: str | None) -> Group:
-        copy = WeightsCopy(backend, directory, key, resident=kind != "host")
+        copy = copy_of_engine(backend, directory, key, kind)
         return Group(backend, MovedMemory(backend, tensors), copy)
 
     return WorkerSleep(

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from .._core import Backend
 from ..config import Config
+from .compare import Part
 from .host_file import sweep
 from .memory import MovedMemory, PoolMemory
-from .weights_copy import Part, WeightsCopy, fingerprint
+from .weights_copy import copy_of_engine, fingerprint
 from .worker_sleep import Group, WorkerSleep
 
 if TYPE_CHECKING:
@@ -88,13 +89,12 @@ def worker_sleep(
         [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()],
     )
 
-    directory = config.weights_path("host" if cumem is None else "cuda")
+    kind = "host" if cumem is None else "cuda"
+    directory = config.weights_path(kind)
     sweep(directory)
 
     def group(memory: Any, key: str | None) -> Group:
-        return Group(
-            backend, memory, WeightsCopy(backend, directory, key, resident=cumem is not None)
-        )
+        return Group(backend, memory, copy_of_engine(backend, directory, key, kind))
 
     if cumem is None:
         return WorkerSleep(

@@ -5,22 +5,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from .._core import Backend, same_bytes
+from .._core import Backend
+from .compare import Compare, CompareOnDevice, CompareOnHost, Part
 from .host_file import HostFile, sweep
-
-_PIECE = 32 << 20
-"""Bytes compared at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A range of device memory: one allocation of the engine's."""
-
-    address: int
-    num_bytes: int
 
 
 class WeightsCopy:
@@ -35,11 +24,19 @@ class WeightsCopy:
         directory: where the copy lies.
         key: the same for engines whose weights may be equal; None for a copy nobody shares.
         resident: whether its pages are to stay in memory, from which a device can read them.
+        compare: how to find out whether weights are those of a copy; else a core does.
     """
 
     def __init__(
-        self, backend: Backend, directory: Path, key: str | None, *, resident: bool = True
+        self,
+        backend: Backend,
+        directory: Path,
+        key: str | None,
+        *,
+        resident: bool = True,
+        compare: Compare | None = None,
     ) -> None:
+        self._compare = compare or CompareOnHost(backend, directory)
         self._backend = backend
         self._directory = directory
         self._key = key
@@ -123,28 +120,22 @@ class WeightsCopy:
 
     def _equals(self, parts: Sequence[Part]) -> bool:
         assert self._file is not None
-        most = min(_PIECE, max(part.num_bytes for part in parts))
-        scratch = HostFile.create(self._directory, most)
-        try:
-            self._backend.pin(scratch.address, most)
-            try:
-                return all(
-                    self._piece_equals(scratch.address, part, offset, begin)
-                    for part, offset in _laid_out(parts)
-                    for begin in range(0, part.num_bytes, most)
-                )
-            finally:
-                self._backend.finish_copies()
-                self._backend.unpin(scratch.address)
-        finally:
-            scratch.close()
+        return self._compare(parts, self._file.address)
 
-    def _piece_equals(self, scratch: int, part: Part, offset: int, begin: int) -> bool:
-        assert self._file is not None
-        size = min(_PIECE, part.num_bytes - begin)
-        self._backend.download(scratch, part.address + begin, size)
-        self._backend.finish_copies()
-        return same_bytes(scratch, self._file.address + offset + begin, size)
+
+def copy_of_engine(backend: Backend, directory: Path, key: str | None, kind: str) -> WeightsCopy:
+    """A copy of what an engine has on its device, in the way that suits a kind of device.
+
+    Args:
+        backend: the device.
+        directory: where the copy lies.
+        key: as of :class:`WeightsCopy`.
+        kind: of the device: ``host`` or a GPU's.
+    """
+    if kind == "host":
+        return WeightsCopy(backend, directory, key, resident=False)
+    compare = CompareOnDevice(backend, CompareOnHost(backend, directory))
+    return WeightsCopy(backend, directory, key, compare=compare)
 
 
 def _laid_out(parts: Sequence[Part]) -> Iterable[tuple[Part, int]]:

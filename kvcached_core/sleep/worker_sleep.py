@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from .._core import Backend
-from .weights_copy import Part, WeightsCopy
+from .compare import Part
+from .weights_copy import WeightsCopy
 
 
 class DeviceMemory(Protocol):

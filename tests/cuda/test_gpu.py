@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvcached_core._core import Arena, CudaBackend, Geometry, Mapper, PagePool, VmmError
+from kvcached_core.sleep.compare import PIECE, CompareOnDevice, Part
+from kvcached_core.sleep.host_file import HostFile
 
 MIB = 1 << 20
 
@@ -111,6 +115,52 @@ def test_the_callers_device_stays_current(torch: Any, backend: CudaBackend) -> N
         with torch.cuda.device(1):
             arena.decommit([(1, 3)])
             assert torch.cuda.current_device() == 1
+
+
+def test_copies_are_compared_on_the_device(
+    torch: Any, backend: CudaBackend, tmp_path: Path
+) -> None:
+    page, pages = 2 * MIB, PIECE // (2 * MIB) + 3  # a piece and a part of one
+    arena = Arena(backend, PagePool(backend, page), Geometry(page, page, 1 + pages))
+    assert arena.commit([(1, 1 + pages)])
+    words = page // 8
+    memory = torch.from_dlpack(arena.dlpack([1 + pages, words], [words, 1], "int64"))
+    memory[1:] = torch.randint(1 << 40, (pages, words), device="cuda")
+    split = 1 + pages // 2
+    parts = [
+        Part(arena.base + page, (split - 1) * page),
+        Part(arena.base + split * page, (1 + pages - split) * page),
+    ]
+    file = HostFile.create(tmp_path, pages * page)
+    backend.pin(file.address, file.num_bytes)
+    backend.fence()
+    backend.download(file.address, arena.base + page, file.num_bytes)
+    backend.finish_copies()
+    asked: list[Sequence[Part]] = []
+
+    def otherwise(parts: Sequence[Part], address: int) -> bool:
+        asked.append(parts)
+        return address == file.address
+
+    compare = CompareOnDevice(backend, otherwise)
+    assert compare(parts, file.address)
+    for block, word in ((1, 0), (split, 0), (pages, words - 1)):
+        memory[block, word] ^= 1 << 56
+        assert not compare(parts, file.address)
+        memory[block, word] ^= 1 << 56
+    assert compare(parts, file.address)
+    assert not asked
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-9)
+    try:
+        assert compare(parts, file.address)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert asked == [parts]
+    backend.unpin(file.address)
+    file.close()
+    del memory
+    arena.close()
 
 
 def test_no_such_device(torch: Any) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from kvcached_core._core import Arena, Backend, Geometry, PagePool, VmmError
+from kvcached_core.sleep.compare import Part
 from kvcached_core.sleep.memory import PoolMemory
-from kvcached_core.sleep.weights_copy import Part, WeightsCopy
+from kvcached_core.sleep.weights_copy import WeightsCopy
 from kvcached_core.sleep.worker_sleep import Group, WorkerSleep
 
 from .conftest import PAGE, StandIn
