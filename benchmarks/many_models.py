@@ -37,10 +37,12 @@ from benchmarks.serving.model import SHAPES, make_model
 from benchmarks.serving.observe import LedgerWatch
 from benchmarks.serving.patterns import Lengths, parse
 from benchmarks.serving.setup import TINY_ARGS
+from kvcached_core.sleep.host_file import sweep
 from tests.support.engines import ENVIRONMENT, engine_environment
 from tests.support.server import free_port
 
 REPO = Path(__file__).resolve().parents[1]
+WEIGHTS = Path("/dev/shm/kvcached-many-models")
 WOKE_S = 1.0
 """A request that came so soon after its model began to wake is one of those that waited for it."""
 
@@ -51,13 +53,17 @@ class Router:
     def __init__(self, args: argparse.Namespace, folder: Path, model: Path) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
         self._folder, self._out = folder, args.out
-        self._env = engine_environment("patched", fixed=False) | compile_cache(args.work)
+        self._env = engine_environment("patched", fixed=False) | compile_cache(
+            args.work / "compiled"
+        )
         self._env |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         self._env |= ENVIRONMENT if args.tiny else {}
         settings = {
             "listen": self.url.removeprefix("http://"),
             "ledger_dir": str(folder / "ledger"),
-            "gpus": {0: {"mps": "auto", "max_running": 1024}},
+            "gpus": {
+                0: {"mps": "auto", "max_running": 1024, "parallel_starts": args.parallel_starts}
+            },
             "models": [self._model(args, name, model) for name in names(args.models)],
         }
         (folder / "router.yaml").write_text(json.dumps(settings))
@@ -73,6 +79,9 @@ class Router:
         }
         if args.tiny:
             env |= {"KVCACHED_CAPACITY": "96MiB", "KVCACHED_PAGE_SIZE": "256KiB"}
+        else:
+            # In memory, as beside an ordinary ledger; this one is in a temporary folder.
+            env["KVCACHED_WEIGHTS_DIR"] = str(WEIGHTS)
         launch = {
             "port": free_port(),
             "model": str(model),
@@ -171,6 +180,7 @@ def main() -> int:
     parser.add_argument("--objective", type=float, default=2.0, help="time to first token, s")
     parser.add_argument("--seqs", type=int, default=64, help="requests an engine runs at a time")
     parser.add_argument("--start-limit", type=float, default=420, help="seconds to start them all")
+    parser.add_argument("--parallel-starts", type=int, default=1, help="engines starting at a time")
     parser.add_argument("--drain", type=float, default=60, help="seconds after the last request")
     parser.add_argument("--engine-args", nargs="*", default=[])
     parser.add_argument(
@@ -216,6 +226,7 @@ def main() -> int:
             found |= report(args, runs, router) | {"peak_mib": memory.take_peak() >> 20}
             timeline = watch.timeline.since(runs[0].begin).as_json()
     memory.stop()
+    sweep(WEIGHTS)  # of engines that had to be killed
     (args.out / "report.json").write_text(json.dumps(found, indent=1) + "\n")
     (args.out / "timeline.json").write_text(json.dumps(timeline) + "\n")
     brief = {key: found[key] for key in ("start_s", "asleep_mib", "peak_mib", "within_objective")}

@@ -545,6 +545,9 @@ class Member:
     def set_pinned(self, bytes: int) -> None:
         """Of what is leased, the bytes no answer to an ask can bring; they are not asked for."""
 
+    def set_unmapped(self, bytes: int) -> None:
+        """Of what is committed, bytes about to be mapped: the driver may count them or not."""
+
     def touch(self) -> None:
         """A step ran now."""
 
@@ -614,8 +617,14 @@ class Ledger:
     def create_time(self) -> float:
         """Seconds since the epoch."""
 
-    def set_device_used(self, bytes: int) -> None:
-        """Publish the driver's total of bytes in use."""
+    def set_device_used(self, bytes: int, reading: int | None = None) -> None:
+        """
+        Publish the driver's total of bytes in use; with what reading() was before it was asked,
+        unless an adoption made it out of date.
+        """
+
+    def reading(self) -> int:
+        """Changes whenever older totals are out of date."""
 
     def available(self) -> int:
         """Bytes that could be leased now."""

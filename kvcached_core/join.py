@@ -107,7 +107,7 @@ def join(
         ledger = Ledger(str(directory / f"{device.key}.ledger"), device.total_bytes, headroom)
         usage = usages[device.key] = open_usage(device)
         if usage is not None:
-            ledger.set_device_used(usage.used_bytes())
+            usage.publish(ledger)
         static = sum(d.static_bytes for d in devices if d.key == device.key)
         memberships[device.key] = ledger, _become_member(ledger, config, static)
     accounts = _priced(memberships, shapes, where)

@@ -199,7 +199,7 @@ class Reservation:
 
     def _publish_usage(self) -> None:
         if self._usage is not None:
-            self.ledger.set_device_used(self._usage.used_bytes())
+            self._usage.publish(self.ledger)
 
     def _explain(self, num_bytes: int, timeout_s: float) -> str:
         held = ", ".join(

@@ -497,7 +497,7 @@ class ElasticScheduler:
         self._usage_at = now
         for account, usage in zip(self.accounts, self._usages, strict=True):
             if usage is not None:
-                account.ledger.set_device_used(usage.used_bytes())
+                usage.publish(account.ledger)
 
     def _publish_spare(self) -> None:
         sums = zip(self.accounts, self.pools.spare(), self.pools.cached(), strict=True)

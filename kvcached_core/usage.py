@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import pynvml
 
+from ._core import Ledger
+
 
 class DeviceUsage:
     """Bytes in use on one GPU by anybody.
@@ -23,6 +25,11 @@ class DeviceUsage:
     def used_bytes(self) -> int:
         """Bytes in use now, the driver's own among them."""
         return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+
+    def publish(self, ledger: Ledger) -> None:
+        """Tell a ledger of the device how much is in use."""
+        reading = ledger.reading()
+        ledger.set_device_used(self.used_bytes(), reading)
 
     def process_bytes(self, pid: int) -> int | None:
         """Bytes of one process, or None if the driver does not know it.

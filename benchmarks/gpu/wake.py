@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -169,6 +170,8 @@ def main() -> int:
     parser.add_argument("--systems", nargs="+", default=["stock", "ours", "ours-two"])
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU, to try it")
     args = parser.parse_args()
+    # Ended from outside, the servers must end as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     spec, dtype = (LLAMA, "float32") if args.tiny else (LLAMA_8B, "bfloat16")
     weights = weight_bytes(spec, 4 if args.tiny else 2)
     memory = DeviceMemory()

@@ -208,6 +208,8 @@ void bind_member(nb::module_& m) {
       .def("set_returning", setter(&Member::set_returning), "bytes"_a)
       .def("set_pinned", setter(&Member::set_pinned), "bytes"_a,
            "Of what is leased, the bytes no answer to an ask can bring; they are not asked for.")
+      .def("set_unmapped", setter(&Member::set_unmapped), "bytes"_a,
+           "Of what is committed, bytes about to be mapped: the driver may count them or not.")
       .def("touch", [](Member& self) { check(self.touch()); })
       .def("claimable",
            [](Member& self) {
@@ -289,8 +291,14 @@ void bind_ledger(nb::module_& m) {
       .def_prop_ro("create_time", &Ledger::create_time, "Seconds since the epoch.")
       .def(
           "set_device_used",
-          [](Ledger& self, int64_t bytes) { check(self.set_device_used(bytes)); }, "bytes"_a,
-          "Publish the driver's total of bytes in use.")
+          [](Ledger& self, int64_t bytes, std::optional<uint64_t> reading) {
+            check(self.set_device_used(bytes, reading));
+          },
+          "bytes"_a, "reading"_a = nb::none(),
+          "Publish the driver's total of bytes in use; with what reading() was before it was "
+          "asked,\n"
+          "unless an adoption made it out of date.")
+      .def("reading", &Ledger::reading, "Changes whenever older totals are out of date.")
       .def("available",
            [](Ledger& self) {
              return checked<uint64_t>([&](uint64_t& out) { return self.available(out); });

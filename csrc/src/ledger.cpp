@@ -46,22 +46,32 @@ double Ledger::create_time() const { return static_cast<double>(file_->created_n
 // The external use is worked out now and not when it is needed: members that commit later would
 // otherwise eat into it, since `bytes` does not know of their pages. What the driver still holds
 // for the dead is external too, so nobody is promised it before it is free.
-Status Ledger::set_device_used(int64_t bytes) {
+//
+// What is committed and may not be mapped yet makes the figure uncertain by so much. Then it only
+// moves as far as it is known to be wrong: more would promise those bytes twice, or to nobody.
+uint64_t Ledger::reading() const { return file_->header().adoptions.load(); }
+
+Status Ledger::set_device_used(int64_t bytes, std::optional<uint64_t> reading) {
   if (Status status = check_bytes(bytes, "the bytes in use"); !status.ok()) return status;
   Section section;
   if (Status status = section.enter(*file_); !status.ok()) return status;
+  if (reading && *reading != this->reading()) return {};
   uint64_t committed = 0;
+  uint64_t unmapped = 0;
   for (int index = 0; index < kSlots; ++index) {
     const Slot& slot = file_->slot(index);
     if (slot.generation.load() == 0 || !file_->alive(index)) continue;
     if (Status status = check_slot(slot, index, kMaxBytes); !status.ok()) return status;
     committed += slot.committed.load();
+    unmapped += slot.unmapped.load();
   }
   Tally sum;
   // A ledger that is damaged says so to those who lease.
   const bool was = tally(*file_, sum).ok() && sum.overdraft() != 0;
   const auto used = static_cast<uint64_t>(bytes);
-  file_->header().external.store(used > committed ? used - committed : 0);
+  const uint64_t least = used > committed ? used - committed : 0;
+  Word& external = file_->header().external;
+  external.store(std::clamp(external.load(), least, least + unmapped));
   if (!was && tally(*file_, sum).ok() && sum.overdraft() != 0) {
     record(*file_, Kind::overdraft, -1, sum.overdraft(),
            "others use memory that was promised to members");

@@ -34,6 +34,7 @@ Status check_slot(const Slot& slot, int index, uint64_t capacity) {
                 {"bytes of demand", slot.demand, kMaxBytes},
                 {"returning bytes", slot.returning, kMaxBytes},
                 {"pinned bytes", slot.pinned, kMaxBytes},
+                {"unmapped bytes", slot.unmapped, kMaxBytes},
                 {"guaranteed bytes", slot.guarantee, kMaxBytes},
                 {"bytes of limit", slot.limit, kMaxBytes, kNone},
                 {"of priority", slot.priority, kMaxPriority},

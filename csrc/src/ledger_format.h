@@ -57,7 +57,8 @@ struct Header {
   Word external;  // bytes in use on the device by no member
   Word next_generation;
   Word next_event;
-  unsigned char reserved[3992];
+  Word adoptions;  // how often mapped bytes have left the leases: older readings are out of date
+  unsigned char reserved[3984];
 };
 
 // Aligned so that a later release of this layout has room in it.
@@ -104,6 +105,7 @@ struct alignas(2048) Slot {
     Word counts[kBuckets];
     Word sum_ns;
   } times[kTimes];
+  Word unmapped;  // of committed: what the driver may not count yet
 };
 
 struct alignas(256) Event {

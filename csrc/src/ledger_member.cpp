@@ -187,11 +187,16 @@ Status Member::adopt(Member& other, int64_t bytes) {
                                                        " bytes, the other member leased only " +
                                                        std::to_string(leased));
     }
-    // In this order: who dies in the middle leaves too much in the account, for as long as any
-    // process of the member lives, and never too little.
+    // In this order: who dies in the middle leaves too much in the account, until the driver's
+    // figure is told again or as long as any process of the member lives, and never too little.
+    const uint64_t committed = std::min(from.committed.load(), amount);
+    Header& header = file_->header();
+    header.adoptions.fetch_add(1);
+    header.external.store(std::min(header.external.load() + committed, kMaxBytes));
     Word& owned = file_->slot(index_).static_bytes;
     owned.store(owned.load() + amount);
-    from.committed.store(from.committed.load() - std::min(from.committed.load(), amount));
+    from.committed.store(from.committed.load() - committed);
+    from.unmapped.store(from.unmapped.load() - std::min(from.unmapped.load(), amount));
     from.leased.store(leased - amount);
     return Status{};
   });
@@ -211,6 +216,7 @@ Status Member::set_cached(int64_t bytes) { return store(&Slot::cached, bytes, "c
 Status Member::set_static(int64_t bytes) { return store(&Slot::static_bytes, bytes, "static"); }
 Status Member::set_returning(int64_t bytes) { return store(&Slot::returning, bytes, "returning"); }
 Status Member::set_pinned(int64_t bytes) { return store(&Slot::pinned, bytes, "pinned"); }
+Status Member::set_unmapped(int64_t bytes) { return store(&Slot::unmapped, bytes, "unmapped"); }
 Status Member::touch() {
   Wait wait;
   std::shared_lock staying(leaving_, std::defer_lock);

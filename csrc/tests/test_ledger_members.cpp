@@ -334,6 +334,36 @@ TEST_CASE("foreign memory that grows into what was promised is asked back") {
   CHECK(info(*m).asked == 0);
 }
 
+TEST_CASE("bytes that are about to be mapped hide nothing that is in use") {
+  const TempDir dir;
+  auto a = open_ledger(dir.ledger(), 1000);
+  auto owner = join(*a, "owner");
+  auto waking = join(*a, "waking");
+  REQUIRE(a->set_device_used(500).ok());
+  REQUIRE(lease(*waking, 300));
+  REQUIRE(waking->set_unmapped(300).ok());
+  REQUIRE(waking->add_committed(300).ok());
+  for (const int64_t used : {500, 650, 800}) {
+    REQUIRE(a->set_device_used(used).ok());
+    CHECK(a->external() == 500);
+    CHECK(available(*a) == 200);
+  }
+  REQUIRE(a->set_device_used(900).ok());  // by others
+  CHECK(a->external() == 600);
+  REQUIRE(a->set_device_used(800).ok());
+  CHECK(a->external() == 600);  // maybe; it is known when all is mapped
+  const uint64_t reading = a->reading();
+  REQUIRE(owner->adopt(*waking, 300).ok());
+  CHECK(a->external() == 900);
+  CHECK(available(*a) == 100);
+  REQUIRE(a->set_device_used(550, reading).ok());
+  CHECK(a->external() == 900);
+  REQUIRE(a->set_device_used(800, a->reading()).ok());
+  CHECK(a->external() == 800);
+  CHECK(available(*a) == 200);
+  CHECK(waking->set_unmapped(-1).code == Code::invalid_argument);
+}
+
 TEST_CASE("a trim waits for its member") {
   const TempDir dir;
   auto a = open_ledger(dir.ledger(), 1000);

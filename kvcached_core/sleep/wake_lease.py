@@ -70,7 +70,9 @@ class WakeLease:
                 look()
         finally:
             self._member.set_demand(0)
-        # As an engine's pages, or the driver's totals would count them a second time as they come.
+        # As an engine's pages, or the driver's totals would count them a second time as they come;
+        # and before they have come they hide nothing else that is in use.
+        self._member.set_unmapped(self.num_bytes)
         self._member.add_committed(self.num_bytes)
         self._member.set_pinned(self.num_bytes)
         self._owner.time("wait", time.monotonic() - begin)

@@ -8,15 +8,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .._core import Backend
-from .compare import Compare, CompareOnDevice, CompareOnHost, Part
+from .compare import Compare, CompareOnDevice, CompareOnHost, Part, Piece, laid_out
 from .host_file import HostFile, sweep
+
+_CHANGES = 8
+"""More changed than one byte in so many is a copy of its own."""
 
 
 class WeightsCopy:
-    """One copy on the host, in memory locked for the device, in the order of the parts.
+    """A copy on the host, in memory locked for the device, in the order of the parts.
 
     Engines with equal weights have one copy together: the first to sleep publishes it under the
-    key, the next one finds it and compares every byte before it relies on it.  An engine whose
+    key, the next one finds it, compares every byte, and has beside it only what is not the same.
+    Some always is: a pool of weights has buffers in it that the engine writes to.  An engine whose
     weights are others after all has a copy of its own.
 
     Args:
@@ -24,7 +28,7 @@ class WeightsCopy:
         directory: where the copy lies.
         key: the same for engines whose weights may be equal; None for a copy nobody shares.
         resident: whether its pages are to stay in memory, from which a device can read them.
-        compare: how to find out whether weights are those of a copy; else a core does.
+        compare: finds what is not the same; a core of the host, unless told otherwise.
     """
 
     def __init__(
@@ -36,21 +40,29 @@ class WeightsCopy:
         resident: bool = True,
         compare: Compare | None = None,
     ) -> None:
-        self._compare = compare or CompareOnHost(backend, directory)
         self._backend = backend
         self._directory = directory
         self._key = key
         self._resident = resident
+        self._compare = compare or CompareOnHost(backend, directory)
         self._file: HostFile | None = None
+        self._changed: list[Piece] = []
+        self._changes: HostFile | None = None
+        """What changed since, one piece after the other."""
 
     @property
     def num_bytes(self) -> int:
         """Bytes on the host now."""
-        return 0 if self._file is None else self._file.num_bytes
+        return sum(file.num_bytes for file in (self._file, self._changes) if file is not None)
 
     @property
     def path(self) -> Path | None:
         return None if self._file is None else self._file.path
+
+    @property
+    def changed_bytes(self) -> int:
+        """Of the latest copy, those that are not in the file others may use."""
+        return sum(piece.num_bytes for piece in self._changed)
 
     def save(self, parts: Sequence[Part]) -> None:
         """Have the parts' bytes on the host.
@@ -60,12 +72,14 @@ class WeightsCopy:
             VmmError: the device refused.
         """
         self._save(parts)
-        if self._file is not None and not self._resident:
-            self._file.let_go()
+        if not self._resident:
+            for file in (self._file, self._changes):
+                if file is not None:
+                    file.let_go()
 
     def _save(self, parts: Sequence[Part]) -> None:
         size = sum(part.num_bytes for part in parts)
-        if self._file is not None and self._file.num_bytes == size and self._equals(parts):
+        if self._file is not None and self._file.num_bytes == size and self._save_changes(parts):
             return
         self.drop()
         if not size:
@@ -74,21 +88,36 @@ class WeightsCopy:
         if self._key is not None:
             shared = HostFile.open(self._directory, self._key, size)
             if shared is not None:
-                self._take(shared)
-                if self._equals(parts):
+                self._file = self._pinned(shared)
+                if self._save_changes(parts):
                     return
                 self.drop()
-        self._take(HostFile.create(self._directory, size))
-        assert self._file is not None
+        self._file = self._pinned(HostFile.create(self._directory, size))
         try:
-            for part, offset in _laid_out(parts):
-                self._backend.download(self._file.address + offset, part.address, part.num_bytes)
-            self._backend.finish_copies()
+            self._download(self._file, laid_out(parts))
+            if self._key is not None:
+                self._file.publish(self._key)
         except BaseException:
             self.drop()
             raise
-        if self._key is not None:
-            self._file.publish(self._key)
+
+    def _save_changes(self, parts: Sequence[Part]) -> bool:
+        """Whether little enough has changed to be kept beside the file, and then is."""
+        assert self._file is not None
+        most = self._file.num_bytes // _CHANGES
+        changed = self._compare(parts, self._file.address, most)
+        if changed is None:
+            return False
+        size = sum(piece.num_bytes for piece in changed)
+        if self._changes is not None and self._changes.num_bytes < size:
+            self._give_up(self._changes)
+            self._changes = None
+        if size and self._changes is None:
+            self._changes = self._pinned(HostFile.create(self._directory, size))
+        self._changed = changed
+        if self._changes is not None:
+            self._download(self._changes, _one_after_the_other(changed))
+        return True
 
     def restore(self, parts: Sequence[Part]) -> None:
         """Queue the copies back, in the order of the parts; the copy stays until they are done.
@@ -97,30 +126,43 @@ class WeightsCopy:
             VmmError: the device refused.
         """
         assert self._file is not None or not parts
-        for part, offset in _laid_out(parts):
-            assert self._file is not None
-            self._backend.upload(part.address, self._file.address + offset, part.num_bytes)
+        for file, pieces in (
+            (self._file, laid_out(parts)),
+            (self._changes, _one_after_the_other(self._changed)),
+        ):
+            for piece in pieces:
+                assert file is not None
+                self._backend.upload(piece.address, file.address + piece.offset, piece.num_bytes)
 
     def drop(self) -> None:
         """Give up the copy."""
-        if self._file is None:
-            return
-        file, self._file = self._file, None
+        files, self._file, self._changes, self._changed = (
+            (self._file, self._changes),
+            None,
+            None,
+            [],
+        )
+        for file in files:
+            if file is not None:
+                self._give_up(file)
+
+    def _give_up(self, file: HostFile) -> None:
         self._backend.finish_copies()
         self._backend.unpin(file.address)
         file.close()
 
-    def _take(self, file: HostFile) -> None:
+    def _pinned(self, file: HostFile) -> HostFile:
         try:
             self._backend.pin(file.address, file.num_bytes)
         except BaseException:
             file.close()
             raise
-        self._file = file
+        return file
 
-    def _equals(self, parts: Sequence[Part]) -> bool:
-        assert self._file is not None
-        return self._compare(parts, self._file.address)
+    def _download(self, file: HostFile, pieces: Iterable[Piece]) -> None:
+        for piece in pieces:
+            self._backend.download(file.address + piece.offset, piece.address, piece.num_bytes)
+        self._backend.finish_copies()
 
 
 def copy_of_engine(backend: Backend, directory: Path, key: str | None, kind: str) -> WeightsCopy:
@@ -138,12 +180,11 @@ def copy_of_engine(backend: Backend, directory: Path, key: str | None, kind: str
     return WeightsCopy(backend, directory, key, compare=compare)
 
 
-def _laid_out(parts: Sequence[Part]) -> Iterable[tuple[Part, int]]:
-    """The parts and where they lie in the copy, one after the other."""
+def _one_after_the_other(pieces: Iterable[Piece]) -> Iterable[Piece]:
     offset = 0
-    for part in parts:
-        yield part, offset
-        offset += part.num_bytes
+    for piece in pieces:
+        yield Piece(piece.address, offset, piece.num_bytes)
+        offset += piece.num_bytes
 
 
 def fingerprint(*items: object) -> str:

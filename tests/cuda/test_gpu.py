@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from kvcached_core._core import Arena, CudaBackend, Geometry, Mapper, PagePool, VmmError
-from kvcached_core.sleep.compare import PIECE, CompareOnDevice, Part
+from kvcached_core.sleep.compare import PIECE, CompareOnDevice, Part, Piece
 from kvcached_core.sleep.host_file import HostFile
 
 MIB = 1 << 20
@@ -117,9 +118,7 @@ def test_the_callers_device_stays_current(torch: Any, backend: CudaBackend) -> N
             assert torch.cuda.current_device() == 1
 
 
-def test_copies_are_compared_on_the_device(
-    torch: Any, backend: CudaBackend, tmp_path: Path
-) -> None:
+def test_copies_are_compared_on_the_device(torch: Any, backend: CudaBackend) -> None:
     page, pages = 2 * MIB, PIECE // (2 * MIB) + 3  # a piece and a part of one
     arena = Arena(backend, PagePool(backend, page), Geometry(page, page, 1 + pages))
     assert arena.commit([(1, 1 + pages)])
@@ -131,34 +130,42 @@ def test_copies_are_compared_on_the_device(
         Part(arena.base + page, (split - 1) * page),
         Part(arena.base + split * page, (1 + pages - split) * page),
     ]
-    file = HostFile.create(tmp_path, pages * page)
-    backend.pin(file.address, file.num_bytes)
-    backend.fence()
-    backend.download(file.address, arena.base + page, file.num_bytes)
-    backend.finish_copies()
-    asked: list[Sequence[Part]] = []
+    # Memory that a device can use must not be a disk's.
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        file = HostFile.create(Path(folder), pages * page)
+        backend.pin(file.address, file.num_bytes)
+        backend.fence()
+        backend.download(file.address, arena.base + page, file.num_bytes)
+        backend.finish_copies()
+        asked: list[Sequence[Part]] = []
 
-    def otherwise(parts: Sequence[Part], address: int) -> bool:
-        asked.append(parts)
-        return address == file.address
+        def otherwise(parts: Sequence[Part], copy: int, most: int) -> list[Piece] | None:
+            asked.append(parts)
+            return [] if copy == file.address and most == page else None
 
-    compare = CompareOnDevice(backend, otherwise)
-    assert compare(parts, file.address)
-    for block, word in ((1, 0), (split, 0), (pages, words - 1)):
-        memory[block, word] ^= 1 << 56
-        assert not compare(parts, file.address)
-        memory[block, word] ^= 1 << 56
-    assert compare(parts, file.address)
-    assert not asked
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(1e-9)
-    try:
-        assert compare(parts, file.address)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    assert asked == [parts]
-    backend.unpin(file.address)
-    file.close()
+        compare = CompareOnDevice(backend, otherwise)
+        assert compare(parts, file.address, 0) == []
+        for block, word in ((1, 0), (split, 0), (pages, words - 1)):
+            memory[block, word] ^= 1 << 56
+            offset = (block - 1) * page
+            found = [Piece(arena.base + block * page, offset, page)]
+            assert compare(parts, file.address, page) == found
+            assert compare(parts, file.address, page - 1) is None
+            memory[block, word] ^= 1 << 56
+        memory[1:3] += 1
+        assert compare(parts, file.address, 2 * page) == [Piece(arena.base + page, 0, 2 * page)]
+        memory[1:3] -= 1
+        assert compare(parts, file.address, 0) == []
+        assert not asked
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1e-9)
+        try:
+            assert compare(parts, file.address, page) == []
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert asked == [parts]
+        backend.unpin(file.address)
+        file.close()
     del memory
     arena.close()
 

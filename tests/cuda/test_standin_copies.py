@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvcached_core._core import Arena, Backend, Geometry, PagePool, VmmError
+from kvcached_core.sleep import compare
 from kvcached_core.sleep.compare import Part
 from kvcached_core.sleep.memory import PoolMemory
 from kvcached_core.sleep.weights_copy import WeightsCopy
@@ -69,6 +70,14 @@ class World:
         for index, content in enumerate(self._contents(seed)):
             ctypes.memmove(self.pool.part(index).address, content, len(content))
 
+    def byte(self, address: int) -> int:
+        """What `write(1)` put there."""
+        for index, content in enumerate(self._contents(1)):
+            offset = address - self.pool.part(index).address
+            if 0 <= offset < len(content):
+                return content[offset]
+        raise ValueError(address)
+
     def holds(self, seed: int) -> bool:
         self.backend.finish_copies()
         return all(
@@ -123,6 +132,50 @@ def test_one_copy_for_equal_weights_only(standin: StandIn, tmp_path: Path) -> No
     for world in worlds[:2]:
         world.sleep.wake()
     assert worlds[0].holds(5) and worlds[1].holds(1)
+    for world in worlds:
+        world.close()
+    assert _files(tmp_path) == []
+    del world, worlds
+    gc.collect()
+
+
+def test_little_that_changed_lies_beside_the_common_copy(
+    standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "BLOCK", PAGE)
+    worlds = [World(standin, tmp_path) for _ in range(2)]
+    # Of both something is written to while they are awake, each its own.
+    own = [worlds[0].pool.part(2).address + PAGE + 5, worlds[1].pool.part(1).address + PAGE - 1]
+    for world in worlds:
+        world.sleep.sleep(1)
+        world.sleep.wake()
+        world.backend.finish_copies()
+    for number in (7, 8):
+        for world, address in zip(worlds, own, strict=True):
+            ctypes.memset(address, number, 1)
+            world.sleep.sleep(1)
+            assert world.copy.changed_bytes == PAGE
+            assert world.copy.num_bytes == sum(SIZES) * PAGE + PAGE
+        assert worlds[0].copy.path == worlds[1].copy.path
+        assert _files(tmp_path) == [".draft", ".draft", ".weights"]
+        for world, address in zip(worlds, own, strict=True):
+            world.sleep.wake()
+            world.backend.finish_copies()
+            assert ctypes.string_at(address, 1) == bytes([number])
+            ctypes.memset(address, world.byte(address), 1)
+            assert world.holds(1)
+    # As at first again: nothing is kept beside it, and it is not written back.
+    for world in worlds:
+        world.sleep.sleep(1)
+        assert world.copy.changed_bytes == 0
+        world.sleep.wake()
+        assert world.holds(1)
+    # Two pages of nine are too many.
+    for index in (0, 2):
+        ctypes.memset(worlds[0].pool.part(index).address, 9, 1)
+    worlds[0].sleep.sleep(1)
+    assert worlds[0].copy.path != worlds[1].copy.path
+    assert worlds[0].copy.changed_bytes == 0
     for world in worlds:
         world.close()
     assert _files(tmp_path) == []

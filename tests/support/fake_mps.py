@@ -9,6 +9,7 @@ their state from `state`. With the name
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -36,6 +37,12 @@ def _daemon(pipe: Path, log: Path) -> None:
     if mode == "refuses":
         print("cannot do it: a reason", file=sys.stderr)
         raise SystemExit(1)
+    lock = os.open(pipe / "lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("An instance of this daemon is already running", file=sys.stderr)
+        raise SystemExit(1) from None
     if os.fork():
         return
     os.setsid()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pynvml
@@ -73,6 +74,13 @@ def test_starts_once_and_stops(fake: Path, directory: Path) -> None:
     assert mps.stop()
     assert not lives(pid)
     assert mps.pid() is None
+
+
+def test_those_that_start_it_at_once_get_one(fake: Path, directory: Path) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        pids = list(pool.map(lambda _: Mps(directory).start(), range(3)))
+    assert pids == [pids[0]] * 3
+    assert Mps(directory).stop()
 
 
 def test_settings_of_whoever_starts_it_do_not_reach_the_daemon(

@@ -135,8 +135,9 @@ class Member {
   Status set_cached(int64_t bytes);
   Status set_static(int64_t bytes);
   Status add_static(int64_t delta);
-  // Makes bytes that another member leased and committed static ones of this member, so that nobody
-  // sees them twice or not at all. Both members are this process's, of one ledger. More than the
+  // Makes bytes that another member leased, committed and mapped static ones of this member, so
+  // that nobody sees them twice or not at all: they are in use by no page any more, also before the
+  // driver's figure is told again. Both members are this process's, of one ledger. More than the
   // other leased is invalid_argument and changes nothing. Rings for those who wait.
   Status adopt(Member& other, int64_t bytes);
   // What this member waits for, and how many requests of it do. Counts for 5 s, then post it again.
@@ -145,6 +146,9 @@ class Member {
   Status others_wait(bool& wait);  // whether any other member has a demand
   // Of what is leased, the bytes it could not give back whoever asked: they are never asked for.
   Status set_pinned(int64_t bytes);
+  // Of what is committed, bytes that are about to be mapped. Until this is 0 again or they are
+  // adopted, they may be in the driver's figure or not.
+  Status set_unmapped(int64_t bytes);
   Status touch();  // a step ran now
 
   // What this member is asked to give back, worked out anew: of parked and cached bytes, and
@@ -215,7 +219,11 @@ class Ledger {
 
   // Tells the ledger how many bytes the driver says are in use; what members have not committed of
   // that counts as external.
-  Status set_device_used(int64_t bytes);
+  //
+  // With `reading`, what reading() was before the driver was asked: a figure from before the latest
+  // adoption is dropped, since it would undo that.
+  Status set_device_used(int64_t bytes, std::optional<uint64_t> reading = std::nullopt);
+  uint64_t reading() const;
   // What could be leased now: capacity less headroom, leases, and the larger of the external use
   // and the members' own static use. As lease does, it reaps the dead first.
   Status available(uint64_t& bytes);
