@@ -19,8 +19,9 @@ from kvcached_core.router.launch.backoff import Backoff
 from kvcached_core.router.launch.command import command, environment
 from kvcached_core.router.launch.process import EngineProcess
 from kvcached_core.router.settings import GpuSettings, ModelSettings, RestartSettings
-from tests.support.launched import LONG_S, REPO, UPSTREAM, launch, run, site, until
+from tests.support.launched import REPO, UPSTREAM, launch, site
 from tests.support.server import free_port
+from tests.support.waiting import LONG_S, run, until
 from tests.unit.test_router_process import STREAM, ask, get, router
 
 NO_MPS = {"gpus": {"0": {"mps": False, "parallel_starts": 2}}}

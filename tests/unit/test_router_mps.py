@@ -19,7 +19,8 @@ import pytest
 from kvcached_core.mps import DIRECTORY, Mps
 from kvcached_core.router.launch.mps_guard import MpsGuard
 from tests.support import fake_mps
-from tests.support.launched import Site, launch, run, site, until
+from tests.support.launched import Site, launch, site
+from tests.support.waiting import run, until
 
 SERVER = 4242
 

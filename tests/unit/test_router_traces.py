@@ -21,7 +21,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from kvcached_core.config import ConfigError
 from kvcached_core.router import tracing
-from tests.support.launched import LONG_S, REPO
+from tests.support.launched import REPO
+from tests.support.waiting import LONG_S
 from tests.unit.test_router_process import engine, get, models, router
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
