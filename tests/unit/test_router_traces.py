@@ -64,7 +64,7 @@ def attributes(span: Span) -> dict[str, object]:
 
 def test_a_request_is_one_trace_from_client_to_engine(tmp_path: Path) -> None:
     with collector() as (endpoint, found), engine(tmp_path, 0, 3) as (upstream, _):
-        env = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+        env = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_BSP_SCHEDULE_DELAY": "60000"}
         with router(tmp_path, models(upstream), env) as (url, started):
             body = json.dumps({"model": "m", "prompt": "hi"}).encode()
             for name in ("/action/sleep/m", "/v1/completions"):
@@ -72,8 +72,9 @@ def test_a_request_is_one_trace_from_client_to_engine(tmp_path: Path) -> None:
                     url + name, body, {"traceparent": f"00-{TRACE}-{PARENT}-01"}
                 )
                 urllib.request.urlopen(request, timeout=LONG_S).read()
+            # What is not sent yet is sent then.
             started.send_signal(signal.SIGTERM)
-            started.wait(timeout=LONG_S)
+            assert started.wait(timeout=LONG_S) == 0
     assert {service for service, _ in found} == {"kvcached-router"}
     spans = {span.name: span for _, span in found}
     assert set(spans) == {"POST /v1/completions", "queue", "engine", "wake"}
