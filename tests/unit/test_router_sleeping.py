@@ -7,6 +7,8 @@ import asyncio
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.support.routed import settings_for, site
 from tests.support.upstream import Upstream
 from tests.support.waiting import LONG_S, run, until
@@ -174,5 +176,79 @@ def test_sglang_is_asked_by_its_own_names(tmp_path: Path) -> None:
             assert engine.seen[-1] == ("/release_memory_occupation?", {}, b"{}")
             assert (await s.complete()).status_code == 200
             assert (engine.sleeps, engine.wakes) == (1, 1)
+
+    run(main)
+
+
+def test_one_that_cannot_sleep_serves_on(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path, engine := Upstream(dev_mode=False)) as s:
+            answer = await s.client.post("/action/sleep/m")
+            assert answer.status_code == 409
+            assert "VLLM_SERVER_DEV_MODE=1" in answer.json()["message"]
+            assert s.router.models["m"].state == "active"
+            assert (await s.complete()).status_code == 200
+            assert (engine.sleeps, engine.wakes) == (0, 0)
+
+    run(main)
+
+
+def test_sglang_does_not_sleep_under_a_probe(tmp_path: Path) -> None:
+    """Its /health has it generate a token, for which it must be awake, and stay so."""
+
+    async def main() -> None:
+        engine = Upstream()
+        top = {"health": {"interval": "10ms", "timeout": "20s"}}
+        async with site(tmp_path, engine, top=top) as s:
+            engine.probe_gate = asyncio.Event()
+            replicas = [{"url": s.urls[0], "engine": "sglang"}]
+            s.reconfigure({**top, "models": [{"name": "m", "replicas": replicas}]})
+            s.router.reload()
+            await until(lambda: engine.probing == 1)
+            sleeping = asyncio.create_task(s.client.post("/action/sleep/m"))
+            await until(lambda: s.router.models["m"].state == "sleeping")
+            # Another probe comes while it waits, which must not be of that kind.
+            replica = s.router.models["m"].replicas[0]
+            look = asyncio.create_task(replica.look(s.router.settings.health))
+            await asyncio.sleep(0.05)
+            assert engine.sleeps == 0
+            engine.probe_gate.set()
+            assert (await sleeping).json()["success"]
+            await look
+            assert (engine.sleeps, engine.slept_while_probed, engine.probed_asleep) == (1, False, 0)
+            assert (await s.complete()).status_code == 200
+            probes = engine.probes
+            await until(lambda: engine.probes > probes)
+
+    run(main)
+
+
+def test_an_answer_that_makes_no_sense_keeps_nobody_waiting(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path, Upstream(nonsense=True)) as s:
+            assert s.router.models["m"].state == "active"
+            assert (await s.complete()).status_code == 200
+
+    run(main)
+
+
+def test_what_nobody_foresaw_is_a_wake_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with site(tmp_path, Upstream(), sleep={"retry": "100ms"}) as s:
+            model = s.router.models["m"]
+            assert (await s.client.post("/action/sleep/m")).json()["success"]
+
+            async def fail() -> bool:
+                raise RuntimeError("nobody thought of this")
+
+            monkeypatch.setattr(model, "_wake_all", fail)
+            answer = await s.complete()
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "wake_failed")
+            assert "nobody thought of this" in answer.json()["error"]["message"]
+            monkeypatch.undo()
+            await asyncio.sleep(0.15)
+            assert (await s.complete()).status_code == 200
 
     run(main)
