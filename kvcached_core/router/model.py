@@ -245,6 +245,10 @@ class Model:
         if self._transition is not None:
             await asyncio.shield(self._transition)
 
+    def abandon(self) -> list[asyncio.Task[None]]:
+        """What it is about to become, for the router to cancel as it ends."""
+        return [] if self._transition is None else [self._transition]
+
     def joined(self, replicas: list[Replica]) -> None:
         """Note replicas that it did not have before: nobody has asked yet whether they sleep."""
         for replica in replicas:

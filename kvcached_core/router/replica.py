@@ -198,6 +198,11 @@ class Replica:
             await asyncio.wait_for(self._look_now.wait(), health.interval)
         self._look_now.clear()
 
+    @property
+    def closed(self) -> bool:
+        """Whether it has no connections any more."""
+        return self._control.is_closed and self._session.closed
+
     async def close(self) -> None:
         """End its process, if the router runs it, and the connections."""
         if self.supervisor is not None:

@@ -220,6 +220,20 @@ def test_a_cold_wake_that_fails_leaves_it_asleep(tmp_path: Path) -> None:
     run(main)
 
 
+def test_a_wake_ends_with_the_router(tmp_path: Path) -> None:
+    async def main() -> None:
+        sleep = {"kind": "cold", "at_start": True, "minimum": "1h"}
+        async with site(tmp_path, one(launch(tmp_path), sleep=sleep)) as s:
+            task = asyncio.create_task(s.complete())
+            await until(lambda: s.router.models["m"].state == "waking")
+            supervisor = s.supervisor()
+        await asyncio.wait([task])
+        assert [t.get_name() for t in asyncio.all_tasks() if "waking" in t.get_name()] == []
+        assert supervisor.starts == 0
+
+    run(main)
+
+
 def test_an_engine_that_dies_asleep_is_started_by_the_next_request(tmp_path: Path) -> None:
     async def main() -> None:
         async with site(tmp_path, one(launch(tmp_path))) as s:

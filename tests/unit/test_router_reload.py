@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvcached_core.config import ConfigError
-from tests.support.routed import STREAM, settings_for, site
+from tests.support.routed import STREAM, post, settings_for, site
 from tests.support.upstream import DONE, Upstream
 from tests.support.waiting import run, until
 
@@ -123,5 +123,24 @@ def test_a_wrong_file_changes_nothing(tmp_path: Path) -> None:
                 s.router.reload()
             assert s.router.settings is before
             assert (await s.complete()).status_code == 200
+
+    run(main)
+
+
+def test_what_leaves_is_closed_with_the_router_at_the_latest(tmp_path: Path) -> None:
+    async def main() -> None:
+        engines = [Upstream("old", gate=asyncio.Event()), Upstream("new")]
+        async with site(tmp_path, *engines) as s:
+            s.reconfigure(settings_for(s.urls[:1]))
+            s.router.reload()
+            (old,) = s.router.models["m"].replicas
+            _, writer = await s.raw(post(STREAM))
+            await until(lambda: old.load == 1)
+            s.reconfigure(settings_for(s.urls[1:]))
+            s.router.reload()
+            assert (await s.complete()).json()["served_by"] == "new"
+            assert old.load == 1 and not old.closed
+        assert old.closed
+        writer.close()
 
     run(main)

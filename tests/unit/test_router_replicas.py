@@ -101,6 +101,26 @@ def test_one_failed_probe_is_not_enough(tmp_path: Path) -> None:
     run(main)
 
 
+def test_a_look_that_fails_is_not_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        top = {"health": {"interval": "10ms", "failures": 1}}
+        async with site(tmp_path, engine := Upstream(), top=top) as s:
+            (replica,) = s.router.models["m"].replicas
+
+            async def fail(_: float, asleep: bool = False) -> None:
+                raise RuntimeError("nobody thought of this")
+
+            monkeypatch.setattr(replica.engine, "check", fail)
+            await until(lambda: "nobody thought of this" in caplog.text)
+            monkeypatch.undo()
+            engine.healthy = False
+            await until(lambda: not replica.healthy)
+
+    run(main)
+
+
 def test_another_replica_answers_for_one_that_nobody_listens_on(tmp_path: Path) -> None:
     async def main() -> None:
         top = {"health": {"interval": "1h", "failures": 100}}
