@@ -142,14 +142,15 @@ class Router:
         for each in settings.replicas:
             key = self._loaded.engine_keys.get(each.url)
             gate = self._gate(each.gpu, each.url)
+            recipe = self._launcher.recipe(settings, each)
             replica = known.get(each.url)
-            if replica is not None and replica.same_as(each, key):
+            if replica is not None and replica.same_as(each, key, recipe):
                 del known[each.url]
                 replica.settings = each
                 replica.gate = gate
             else:
                 connect_s = self.settings.limits.connect_time
-                replica = Replica(each, gate, connect_s, key)
+                replica = Replica(each, gate, connect_s, key, recipe)
                 fresh.append(replica)
             replicas.append(replica)
         if model is None:

@@ -115,7 +115,7 @@ def launched(settings: str) -> str:
         ("models:\n  - name: m\n", "2:5", "models[0].replicas is missing: add it"),
         ("models:\n  - name: m\n    replicas: [{url: 'h:1'}]\n", "3:22", "is not the URL"),
         ("models:\n  - name: m\n    replicas: [{url: 'http://h:x'}]\n", "3:22", "is not the URL"),
-        ("models:\n  - name: m\n    replicas: [{url: 'http://a..b:80'}]\n", "3:22", "is not the URL"),
+        ("models:\n  - name: m\n    replicas: [{url: 'http://a..b:80'}]\n", "3:22", "is not the"),
         ("models:\n  - name: m\n    replicas: [{url: 'http://" + "\u00e4" * 70 + "'}]\n", "3:22",
          "is not the URL"),
         ("models:\n  - name: m\n    replicas: [{url: 'http://h?a'}]\n", "3:22", "leave that out"),

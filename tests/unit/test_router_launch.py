@@ -286,6 +286,34 @@ def test_a_reload_replaces_an_engine_on_its_port(tmp_path: Path) -> None:
     run(main)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "model"),
+    [
+        ({"0": {"mps": False, "device": "7"}}, {}),
+        (NO_MPS["gpus"], {"sleep": {"after": "1h"}}),
+    ],
+)
+def test_a_reload_that_changes_how_an_engine_is_started_replaces_it(
+    tmp_path: Path, gpu: dict[str, Any], model: dict[str, Any]
+) -> None:
+    async def main() -> None:
+        found = one(launch(tmp_path))
+        async with site(tmp_path, found) as s:
+            assert (await s.complete()).status_code == 200
+            first = s.pid()
+            s.reconfigure(found)
+            s.reconfigure({**found, "gpus": {"0": {"mps": False, "max_running": 3}}})
+            assert s.pid() == first, "that is a matter of its queue"
+            s.reconfigure({"models": [{**found["models"][0], **model}], "gpus": gpu})
+            assert (await s.complete()).status_code == 200
+            assert not lives(first)
+            variables = read(Path("/proc") / str(s.pid()) / "environ").split(b"\0")
+            wanted = b"VLLM_SERVER_DEV_MODE=1" if model else b"CUDA_VISIBLE_DEVICES=7"
+            assert wanted in variables
+
+    run(main)
+
+
 def test_a_command_is_made_from_the_settings() -> None:
     launched = {"port": 8001, "model": "/m", "python": "py", "args": "--x '{port} {name}' --y 2",
                 "env": {"A": "{port}", "ENABLE_KVCACHED": True, "N": 3}}  # fmt: skip

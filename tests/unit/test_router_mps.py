@@ -170,6 +170,24 @@ def test_a_fault_does_not_reach_other_gpus(tmp_path: Path, mps: Mps) -> None:
     run(main)
 
 
+def test_nobody_starts_into_a_fault_from_the_queue_for_a_turn(tmp_path: Path, mps: Mps) -> None:
+    async def main() -> None:
+        mps.start()
+        serving(mps, [], "FAULT\n")
+        found = settings(tmp_path, 0, 0)
+        found["models"][0]["replicas"][0]["launch"]["command"] = ["sh", "-c", "sleep 0.3; exit 3"]
+        async with site(tmp_path, found, MpsGuard(settle_s=0.1)) as s:
+            # m1 waits for m0, which ends of a fault before it is ready.
+            await until(lambda: s.supervisor("m0").crashes == 1)
+            await asyncio.sleep(2)  # time to ask the daemon, and to start
+            assert s.supervisor("m1").starts == 0
+            serving(mps, [], "ACTIVE\n")
+            await until(lambda: s.supervisor("m1").ready)
+            assert (s.supervisor("m1").starts, s.supervisor("m1").crashes) == (1, 0)
+
+    run(main)
+
+
 def test_mps_that_is_wanted_and_cannot_be_had(
     tmp_path: Path, mps: Mps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
