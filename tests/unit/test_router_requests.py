@@ -200,6 +200,10 @@ def test_an_engine_that_falls_silent_mid_stream(tmp_path: Path) -> None:
             with pytest.raises(httpx.RemoteProtocolError):
                 await s.client.post("/v1/completions", content=STREAM)
             await asyncio.wait_for(engine.cancelled.wait(), LONG_S)
+            series = s.router.metrics.text().decode()
+            assert 'broken_total{model="m"} 1.0' in series
+            assert 'requests_total{model="m",status="200"} 1.0' in series
+            assert "aborted_total{" not in series, "the client was there"
 
     run(main)
 
@@ -252,7 +256,8 @@ def test_a_client_that_leaves_stops_the_engine(tmp_path: Path, body: bytes) -> N
             model = s.router.models["m"]
             await until(lambda: model.pending == 0 and model.replicas[0].load == 0)
             assert model.replicas[0].gate.running == 0
-            assert 'aborted_total{model="m"} 1.0' in s.router.metrics.text().decode()
+            aborted = b'aborted_total{model="m"} 1.0'
+            await until(lambda: aborted in s.router.metrics.text())
 
     run(main)
 
