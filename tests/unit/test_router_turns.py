@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from kvcached_core.router.engines import EngineError
 from kvcached_core.router.launch.process import EngineProcess
 from kvcached_core.router.launch.supervisor import Hooks, Phase, Place, Supervisor
 from kvcached_core.router.launch.turns import Turns
-from kvcached_core.router.settings import GpuSettings, LaunchSettings
+from kvcached_core.router.settings import GpuSettings, LaunchSettings, RestartSettings
 from tests.support.launched import Site, launch, site
 from tests.support.server import free_port
 from tests.support.waiting import LONG_S, run, until
@@ -81,28 +82,52 @@ def test_the_next_one_starts_when_one_that_failed_is_gone(tmp_path: Path) -> Non
     run(main)
 
 
+def supervisor_of(probe: Callable[[float], Awaitable[None]]) -> Supervisor:
+    return Supervisor(
+        "it",
+        LaunchSettings(port=free_port(), model="m", restart=RestartSettings(delay=0.05)),
+        Place(asyncio.Lock(), Turns().of(lambda: ("gpu", GpuSettings()))),
+        Hooks(
+            lambda: (NEVER_READY, dict(os.environ)),
+            probe,
+            restart=lambda: True,
+            changed=lambda: None,
+        ),
+    )
+
+
 def test_who_waits_for_a_start_that_is_called_off_hears_of_it() -> None:
     async def main() -> None:
         async def never(_: float) -> None:
             raise EngineError("not yet")
 
-        supervisor = Supervisor(
-            "it",
-            LaunchSettings(port=free_port(), model="m"),
-            Place(asyncio.Lock(), Turns().of(lambda: ("gpu", GpuSettings()))),
-            Hooks(
-                lambda: (NEVER_READY, dict(os.environ)),
-                never,
-                restart=lambda: True,
-                changed=lambda: None,
-            ),
-        )
+        supervisor = supervisor_of(never)
         started = asyncio.create_task(supervisor.started())
         stopped = asyncio.create_task(supervisor.stop())  # before anything of it has run
         with pytest.raises(EngineError, match="did not start"):
             await asyncio.wait_for(started, LONG_S)
         await stopped
         assert supervisor.starts == 0
+
+    run(main)
+
+
+def test_what_nobody_foresaw_ends_the_engine_and_starts_another() -> None:
+    async def main() -> None:
+        runs = []
+
+        async def probe(_: float) -> None:
+            if not runs:
+                assert supervisor.process is not None
+                runs.append(supervisor.process)
+                raise RuntimeError("nobody thought of this")
+
+        supervisor = supervisor_of(probe)
+        supervisor.start()
+        await until(lambda: supervisor.ready)
+        assert (supervisor.starts, supervisor.crashes) == (2, 1)
+        assert not runs[0].runs
+        await supervisor.stop()
 
     run(main)
 

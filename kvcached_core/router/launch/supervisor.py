@@ -217,6 +217,7 @@ class Supervisor:
 
     async def _one_run(self) -> None:
         since: float | None = None
+        process: EngineProcess | None = None
         try:
             async with _held(self.place.turn, self._stop):
                 # Who had the turn before may have come to an end that concerns others.
@@ -240,6 +241,11 @@ class Supervisor:
                 said = await self._end(process)
         except (EngineError, OSError) as error:
             said = str(error)
+        except Exception as error:
+            log.exception("engine %s: this was not foreseen", self.name)
+            said = f"{type(error).__name__}: {error}"
+        if process is not None and process.runs:
+            await process.stop(self.settings.stop_time)
         if not self._wanted:
             return
         self.crashes += 1
