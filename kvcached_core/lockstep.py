@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ._core import BlockAllocator
+from .acts import Act
 from .demand import Request
 from .plan import StepOps
 from .pool import CachedBlocks
@@ -60,7 +61,7 @@ class Room:
 class PassOrder:
     """What every rank does at the start of a pass."""
 
-    acts: tuple[tuple[str, int, int], ...] = ()
+    acts: tuple[Act, ...] = ()
     """Done to the allocators and the caches, in this order; see :meth:`Replica.repeat`."""
     rooms: tuple[Room, ...] = ()
     """Of every pool."""
@@ -110,7 +111,7 @@ class Leader:
 
     def __init__(self, scheduler: ElasticScheduler, ranks: int) -> None:
         self.scheduler = scheduler
-        self._journal: list[tuple[str, int, int]] | None = [] if ranks > 1 else None
+        self._journal: list[Act] | None = [] if ranks > 1 else None
 
     def plan(self, load: Load) -> tuple[PassOrder, StepOps]:
         """Begin and end a pass: all its growing is done before the engine schedules.
@@ -119,7 +120,7 @@ class Leader:
             What the ranks repeat, and what this rank's arenas have to do.
         """
         scheduler, pools = self.scheduler, self.scheduler.pools
-        scheduler.journal = self._journal
+        scheduler.acts.journal = self._journal
         scheduler.begin_pass(load.running, load.waiting)
         cached = [pool.num_cached for pool in pools]
         needed, promised = self._to_hold(load, cached)
@@ -142,7 +143,7 @@ class Leader:
         if (
             max(short) > 0
             and not scheduler.gives
-            and not (len(pools) > 1 and scheduler.yield_to(short, hold))
+            and not (len(pools) > 1 and scheduler.giving.yield_to(short, hold))
         ):
             # What is free but not leased counts as missing too: the plan takes it off again.
             first = next(index for index, blocks in enumerate(short) if blocks > 0)

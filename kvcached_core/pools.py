@@ -28,6 +28,11 @@ class Pools(list[Pool]):
         """The pool whose page is the least that can be given."""
         return min(self, key=lambda pool: pool.page_bytes)
 
+    @property
+    def gives(self) -> bool:
+        """Whether this pass gives memory back."""
+        return any(pool.decommit for pool in self)
+
     def held_bytes(self) -> int:
         """Of all committed pages."""
         return sum(p.page_bytes * p.allocator.committed_pages(0) for p in self)

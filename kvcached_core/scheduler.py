@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from ._core import BlockAllocator
 from .accounts import Account, Accounts
+from .acts import Acts
 from .demand import Demand, Request
 from .forecast import Forecast
 from .free_queue import BlockList, ElasticFreeQueue
+from .giving import Giving
 from .holding import Holding
-from .metrics import HISTOGRAMS, HistogramFeed
 from .orders import Orders
 from .plan import ArenaShape, StepOps
 from .pool import CachedBlocks, Pool, geometry_of
 from .pools import Pools
+from .stats import Stats
 from .usage import DeviceUsage
 from .watcher import Watcher
 
@@ -79,9 +81,6 @@ class ElasticScheduler:
         self.accounts = Accounts(accounts)
         self.pools = Pools(self.accounts)
         """The first is the one that callers mean who name none."""
-        self.journal: list[tuple[str, int, int]] | None = None
-        """What was done to the allocators and the caches, as act, amount and pool, for ranks that
-        repeat it; None: nobody."""
         self.counters = dict.fromkeys(
             (
                 "committed_pages",
@@ -100,8 +99,6 @@ class ElasticScheduler:
         self._start_wait_s = start_wait_s
         self._usages = tuple(usages)
         self._usage_at = 0.0
-        self._feed = HistogramFeed()
-        self._owed_bytes = 0
         self._asked_since: float | None = None
         self._bell = self.accounts.bell()
         self._passes = 0
@@ -121,6 +118,9 @@ class ElasticScheduler:
         """Keeps the account while the engine's weights go and come."""
         self._demand = Demand(self.accounts, self.pools)
         self._orders = Orders(self.accounts)
+        self.acts = Acts(self.pools, self.counters)
+        self.giving = Giving(self.accounts, self.pools, self.acts)
+        self._stats = Stats(self.accounts)
         self.refresh_usage(force=True)
         self.add_pool(
             num_blocks,
@@ -207,20 +207,14 @@ class ElasticScheduler:
     @property
     def gives(self) -> bool:
         """Whether this pass gives memory back, and so can take none."""
-        return any(pool.decommit for pool in self.pools)
+        return self.pools.gives
 
     def grow(self, num_blocks: int, pool: int = 0) -> int:
         """Commit up to ``num_blocks`` more blocks for this step; return how many came."""
         if self.gives:
             return 0
         self.refresh_usage()
-        wanted, growth = self.pools[pool].grow(num_blocks)
-        if growth is None:
-            return 0
-        self._note("grow", wanted, pool)
-        self.counters["committed_pages"] += sum(growth.page_delta)
-        self.pools[pool].commit += growth.ranges
-        return growth.num_blocks
+        return self.acts.grow(pool, num_blocks)
 
     def grow_apart(self, num_blocks: int, beside: int) -> None:
         """Have so many blocks on the page of the block ``beside`` and on pages of no request."""
@@ -228,10 +222,6 @@ class ElasticScheduler:
         room = pool.apart_blocks + (pool.allocator.clean_beside(beside) if beside else 0)
         if num_blocks > room:
             self.grow(num_blocks - room)
-
-    def _note(self, act: str, amount: int, pool: int) -> None:
-        if self.journal is not None:
-            self.journal.append((act, amount, pool))
 
     def note_shortage(self, *num_blocks: int) -> None:
         """The engine was short of that many blocks of every pool; other members hear of it."""
@@ -279,48 +269,15 @@ class ElasticScheduler:
             self._preempted_in = self._passes
             self.counters["preemptions"] += preempt
             self.accounts.note_preemption(asked_running)
-        self._owed_bytes = max(asked + asked_running, trimmed)
-        if self._owed_bytes:
-            self.counters["reclaim_steps"] += 1
-            self._evict_for(max(asked, trimmed if with_cache else 0))
-            self._give_owed()
+        owed = max(asked + asked_running, trimmed)
+        self.counters["reclaim_steps"] += owed > 0
+        self.giving.owe(owed, of_caches=max(asked, trimmed if with_cache else 0))
         self.apart = (
             self._may_keep_apart
             and not self.contended
             and _APART_PART * self.growable_blocks() >= self.allocator.num_live
         )
         return preempt
-
-    def _evict_for(self, num_bytes: int) -> None:
-        """Empty pages of the caches until so much is spare, or all that can be."""
-        cached = [pool.num_cached * pool.block_bytes for pool in self.pools]
-        wanted = self.pools.missing(num_bytes)
-        # In proportion, since they hold parts of the same prefixes.
-        for index, pool in enumerate(self.pools):
-            share = -(-wanted * cached[index] // max(1, sum(cached)))
-            self._empty(index, pool.pages_in(min(share, self.pools.missing(num_bytes))))
-        if len(self.pools) > 1:  # what rounding left over
-            for index, pool in enumerate(self.pools):
-                self._empty(index, pool.pages_in(self.pools.missing(num_bytes)))
-
-    def _empty(self, index: int, pages: int) -> None:
-        cache = self.pools[index].cache
-        if cache is not None and cache.num_cached and pages > 0:
-            self._note("empty", pages, index)
-            cache.empty_pages(pages)
-
-    def _give_owed(self) -> None:
-        """Decommit parked pages others asked for, as far as they can be spared."""
-        if not self._owed_bytes:
-            return
-        before = self.pools.committed()
-        for index, pool in enumerate(self.pools):
-            pages = min(pool.pages_in(self._owed_bytes), pool.spare_pages)
-            self._owed_bytes = max(0, self._owed_bytes - self._shrink(index, pages))
-        gone = [was - now for was, now in zip(before, self.pools.committed(), strict=True)]
-        for account, num_bytes in zip(self.accounts, gone, strict=True):
-            if num_bytes:
-                account.member.count("reclaimed_bytes", num_bytes)
 
     def give_all(self) -> StepOps:
         """A pass that gives back all that no request uses, and takes nothing: for an idle engine.
@@ -329,40 +286,8 @@ class ElasticScheduler:
             What its workers decommit.
         """
         self.begin_pass()
-        for index, pool in enumerate(self.pools):
-            if pool.cache is not None:
-                pool.cache.sweep()
-                if pool.num_cached:
-                    self._note("keep", 0, index)
-                    pool.cache.evict_down_to(0)
-            self._shrink(index, pool.allocator.parked_pages)
+        self.giving.give_all()
         return self.take_ops(0)
-
-    def yield_to(self, short: Sequence[int], needed: Sequence[int]) -> bool:
-        """Let pools that are not short give up what those that are lack: a member is never asked
-        for its own demand. First unused pages go, then cached blocks.
-
-        Args:
-            short: blocks every pool lacks, and neither caches itself nor could lease.
-            needed: clean blocks every pool is still to take in this pass.
-
-        Returns:
-            Whether there was something, or is on its way.
-        """
-        returning = self.pools.returning_here()
-        missing = -returning
-        for pool, lack, keep in zip(self.pools, short, needed, strict=True):
-            missing += max(0, lack) * pool.block_bytes
-            pool.keep_pages = max(pool.keep_pages, pool.pages_for(keep))
-        for evicts in (False, True):
-            for index, pool in enumerate(self.pools):
-                if short[index] > 0 or missing <= 0:
-                    continue
-                pages = pool.pages_in(missing)
-                if evicts:
-                    self._empty(index, pages - pool.spare_pages)
-                missing -= self._shrink(index, min(pages, pool.spare_pages))
-        return self.gives or returning > 0
 
     def take_ops(
         self, scheduled_tokens: int = 1, needed_blocks: int | Sequence[int] = 0
@@ -382,17 +307,14 @@ class ElasticScheduler:
             pool.keep_pages = max(pool.keep_pages, pages)
             if pool.cache is not None:
                 pool.cache.sweep()
-        for index, pool in enumerate(self.pools):
-            bound = self._cache_bound(index)
-            if pool.cache is not None and pool.num_cached > bound:
-                self._note("keep", bound, index)
-                pool.cache.evict_down_to(bound)
+        for index in range(len(self.pools)):
+            self.acts.keep(index, self._cache_bound(index))
         # What preempted requests left, then what nobody has used for long.
-        self._give_owed()
+        self.giving.settle()
         now = time.monotonic()
         for index, (pool, pages) in enumerate(zip(self.pools, needed_pages, strict=True)):
             unused = pool.allocator.parked_pages - self._parked_pages(pool) - pages
-            self._shrink(index, pool.decay.observe(max(unused, 0), now))
+            self.acts.shrink(index, pool.decay.observe(max(unused, 0), now))
         gave = self.gives
         short = self._demand.end()
         ops: list[StepOps] = []
@@ -443,17 +365,6 @@ class ElasticScheduler:
             if limit is not None and held > limit:
                 bound = min(bound, pool.num_cached * limit // held)
         return bound
-
-    def _shrink(self, index: int, pages: int) -> int:
-        """Decommit up to so many parked pages; return their bytes."""
-        if pages <= 0:
-            return 0
-        pool = self.pools[index]
-        self._note("shrink", pages * pool.page_bytes, index)
-        shrunk = pool.allocator.shrink(pages * pool.page_bytes)
-        self.counters["decommitted_pages"] -= sum(shrunk.page_delta)
-        pool.decommit += shrunk.ranges
-        return -shrunk.page_delta[0] * pool.page_bytes
 
     # -- around the step ------------------------------------------------------
 
@@ -523,38 +434,9 @@ class ElasticScheduler:
         """For the engine's metrics: bytes over all ledgers, counts since start, and the times
         since the last call that :data:`~kvcached_core.metrics.HISTOGRAMS` names.
         """
-        totals = dict.fromkeys(
-            (
-                "capacity",
-                "available",
-                "leased",
-                "committed",
-                "parked",
-                "cached",
-                "guarantee",
-                "limit",
-                "demand",
-                "asked",
-            ),
-            0.0,
-        )
-        times: dict[str, float | list[float]] = {name: [] for name in HISTOGRAMS}
-        for index, account in enumerate(self.accounts):
-            info = account.member.info()
-            totals["capacity"] += account.ledger.capacity
-            totals["available"] += account.member.claimable()
-            totals["limit"] += account.ledger.capacity if info.limit is None else info.limit
-            for name in ("leased", "committed", "parked", "cached", "guarantee", "demand"):
-                totals[name] += getattr(info, name)
-            totals["asked"] += info.asked + info.asked_running
-            for kind, histogram in info.histograms.items() if index == 0 else ():
-                times[f"{kind}_seconds"] = self._feed.new_values(kind, histogram.counts)
-        stats: dict[str, float | list[float]] = {
-            f"{name}_bytes": value for name, value in totals.items()
-        }
-        stats.update({name: float(value) for name, value in self.counters.items()})
-        stats["waiting_requests"] = float(self._demand.waiting)
-        return stats | times
+        counted = {name: float(value) for name, value in self.counters.items()}
+        counted["waiting_requests"] = float(self._demand.waiting)
+        return self._stats.read() | counted
 
     def pause(self, timeout_ms: int) -> None:
         """Return at the next news of the ledger, or after that long."""

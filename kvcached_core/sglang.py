@@ -350,9 +350,9 @@ class SglangRank:
         self.land()
         if self._leader is not None:
             scheduler = self._leader.scheduler
-            scheduler.journal = []
+            journal = scheduler.acts.journal = []
             ops = scheduler.give_all()
-            self._ranks.broadcast(PassOrder(tuple(scheduler.journal)))
+            self._ranks.broadcast(PassOrder(tuple(journal)))
         else:
             assert self._replica is not None
             ops = self._replica.repeat(self._ranks.broadcast(None))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 
 import httpx
@@ -12,6 +13,10 @@ from .settings import ReplicaSettings
 
 class EngineError(Exception):
     """An engine did not do what it was asked; the message says what and the remedy."""
+
+
+class Unsupported(EngineError):
+    """It cannot do that at all, and goes on as it was."""
 
 
 class Engine(ABC):
@@ -35,9 +40,10 @@ class Engine(ABC):
 
     @abstractmethod
     async def sleep(self, level: int, timeout: float) -> None:
-        """Give back its memory. No request is in flight.
+        """Give back its memory. No request is in flight, and :meth:`check` is told from now on.
 
         Raises:
+            Unsupported: it has no way to sleep.
             EngineError: it may or may not sleep now.
         """
 
@@ -78,7 +84,7 @@ class _HttpEngine(Engine):
             reason = str(error) or type(error).__name__
             raise EngineError(f"{self._client.base_url}: {method} {path}: {reason}") from None
         if response.status_code == 404 and remedy:
-            raise EngineError(f"{self._client.base_url} has no {path}: {remedy}")
+            raise Unsupported(f"{self._client.base_url} has no {path}: {remedy}")
         if response.is_error:
             said = response.text[:300].strip()
             raise EngineError(
@@ -96,7 +102,7 @@ class VllmEngine(_HttpEngine):
         try:
             response = await self._call("GET", "/is_sleeping", timeout)
             return bool(response.json()["is_sleeping"])
-        except (EngineError, ValueError, KeyError, TypeError):
+        except (EngineError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     async def sleep(self, level: int, timeout: float) -> None:
@@ -123,14 +129,33 @@ class SglangEngine(_HttpEngine):
 
     _REMEDY = "start it with --enable-memory-saver"
 
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        super().__init__(client)
+        self._probes = 0
+        self._quiet = asyncio.Event()
+        """Set while it has none of our probes."""
+        self._quiet.set()
+
     async def check(self, timeout: float, asleep: bool = False) -> None:
         # /health generates a token, for which there is no memory while it sleeps.
-        await self._call("GET", "/model_info" if asleep else "/health", timeout)
+        if asleep:
+            await self._call("GET", "/model_info", timeout)
+            return
+        self._probes += 1
+        self._quiet.clear()
+        try:
+            await self._call("GET", "/health", timeout)
+        finally:
+            self._probes -= 1
+            if not self._probes:
+                self._quiet.set()
 
     async def is_asleep(self, timeout: float) -> bool | None:
         return None
 
     async def sleep(self, level: int, timeout: float) -> None:
+        # The token of a probe is a request in flight, under which it does not sleep, or even ends.
+        await self._quiet.wait()
         path = "/release_memory_occupation"
         await self._call("POST", path, timeout, json={}, remedy=self._REMEDY)
 

@@ -75,6 +75,7 @@ class Forward:
         arrived = time.monotonic()
         out = _Downstream(send, settings.limits.stall_time)
         label = UNKNOWN
+        gone = False
         try:
             prompt = parse(await read_body(scope, receive, settings.limits))
             model = self._router.model(prompt.model)
@@ -86,13 +87,13 @@ class Forward:
         except ApiError as error:
             await _refuse(out, error)
         except Disconnected:
-            pass
+            gone = not out.complete
         metrics = self._router.metrics
-        if out.complete:
+        if gone:
+            metrics.aborted.labels(label).inc()
+        else:
             metrics.requests.labels(label, str(out.status)).inc()
             metrics.duration.labels(label).observe(time.monotonic() - arrived)
-        else:
-            metrics.aborted.labels(label).inc()
         return out
 
     async def _while_connected(

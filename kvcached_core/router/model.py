@@ -13,7 +13,7 @@ from typing import Any
 
 from . import tracing
 from .balance import least_loaded, prefix_affine
-from .engines import EngineError
+from .engines import EngineError, Unsupported
 from .errors import ApiError, unavailable
 from .prompt import Prompt
 from .replica import Replica
@@ -245,6 +245,10 @@ class Model:
         if self._transition is not None:
             await asyncio.shield(self._transition)
 
+    def abandon(self) -> list[asyncio.Task[None]]:
+        """What it is about to become, for the router to cancel as it ends."""
+        return [] if self._transition is None else [self._transition]
+
     def joined(self, replicas: list[Replica]) -> None:
         """Note replicas that it did not have before: nobody has asked yet whether they sleep."""
         for replica in replicas:
@@ -275,7 +279,22 @@ class Model:
         # Nothing is awaited between a look at the state and this, so there is only ever one.
         log.info("%s: %s", self.name, state.value)
         self._state = state
-        self._transition = asyncio.create_task(work, name=f"{self.name}: {state.value}")
+        task = asyncio.create_task(self._carry_out(work), name=f"{self.name}: {state.value}")
+        self._transition = task
+
+    async def _carry_out(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception as error:
+            # Or it would be on the way for ever, and whoever asks for it with it.
+            log.exception("%s: %s failed in an unforeseen way", self.name, self._state.value)
+            self._fail(f"{type(error).__name__}: {error}")
+
+    def _fail(self, problem: str) -> None:
+        self._state = State.FAILED
+        self.problem = problem
+        self._retry_at = time.monotonic() + self.settings.sleep.retry
+        log.warning("%s did not wake: %s", self.name, problem)
 
     def _not_woken(self) -> ApiError:
         left = self._retry_at - time.monotonic()
@@ -296,7 +315,11 @@ class Model:
                 replica.asleep = None
                 replica.changed = True
                 replica.level = settings.level
-                await replica.engine.sleep(settings.level, settings.timeout)
+                try:
+                    await replica.engine.sleep(settings.level, settings.timeout)
+                except Unsupported:
+                    replica.asleep = False
+                    raise
                 replica.asleep = True
 
         problem = _first_problem(
@@ -342,10 +365,7 @@ class Model:
             self.slept_at = None
             self.problem = ""
         else:
-            self._state = State.FAILED
-            self.problem = _first_problem(results) or "its replicas have just been replaced"
-            self._retry_at = time.monotonic() + self.settings.sleep.retry
-            log.warning("%s did not wake: %s", self.name, self.problem)
+            self._fail(_first_problem(results) or "its replicas have just been replaced")
         return any(result is True for result in results)
 
     async def _wake_one(self, replica: Replica) -> bool:

@@ -16,6 +16,7 @@ import yarl
 
 from .engines import Engine, EngineError, connect
 from .gate import Gate
+from .launch.command import Recipe
 from .launch.engine import Kind, LaunchedEngine
 from .launch.supervisor import Supervisor
 from .settings import HealthSettings, ReplicaSettings
@@ -35,7 +36,12 @@ class Replica:
     """An engine that serves a model. Left out while unhealthy, and back when it is well."""
 
     def __init__(
-        self, settings: ReplicaSettings, gate: Gate, connect_s: float, key: str | None
+        self,
+        settings: ReplicaSettings,
+        gate: Gate,
+        connect_s: float,
+        key: str | None,
+        recipe: Recipe | None = None,
     ) -> None:
         self.settings = settings
         self.gate = gate
@@ -79,6 +85,7 @@ class Replica:
         )
         self.engine: Engine = connect(settings, self._control)
         self._key = key
+        self._recipe = recipe
         self._failures = 0
         self._look_now = asyncio.Event()
 
@@ -140,10 +147,10 @@ class Replica:
             self.problem = self.supervisor.problem
         self.on_change()
 
-    def same_as(self, settings: ReplicaSettings, key: str | None) -> bool:
-        """Whether nothing but its queue is different."""
+    def same_as(self, settings: ReplicaSettings, key: str | None, recipe: Recipe | None) -> bool:
+        """Whether nothing but its queue is different; ``recipe``: what its process is made of."""
         same = settings.model_copy(update={"gpu": self.settings.gpu}) == self.settings
-        return same and key == self._key
+        return same and key == self._key and recipe == self._recipe
 
     @contextlib.contextmanager
     def loaded(self) -> Iterator[None]:
@@ -197,6 +204,11 @@ class Replica:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._look_now.wait(), health.interval)
         self._look_now.clear()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has no connections any more."""
+        return self._control.is_closed and self._session.closed
 
     async def close(self) -> None:
         """End its process, if the router runs it, and the connections."""

@@ -43,6 +43,8 @@ class Router:
         self._gates: dict[str, Gate] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._watchers: dict[Replica, asyncio.Task[None]] = {}
+        self._leaving: dict[Replica, Model] = {}
+        """Those that were taken out and have requests."""
 
     @property
     def settings(self) -> RouterSettings:
@@ -89,13 +91,16 @@ class Router:
         Requests in flight have ended.
         """
         tasks = [*self._tasks, *self._watchers.values()]
+        # What is being woken would start an engine that nobody ends.
+        for model in {*self.models.values(), *self._leaving.values()}:
+            tasks += model.abandon()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._launcher.stop()
-        for model in self.models.values():
-            for replica in model.replicas:
-                await replica.close()
+        present = [replica for model in self.models.values() for replica in model.replicas]
+        for replica in (*present, *self._leaving):
+            await replica.close()
 
     def reload(self) -> None:
         """Read the file again and serve by it; requests in flight go on as they are.
@@ -137,14 +142,15 @@ class Router:
         for each in settings.replicas:
             key = self._loaded.engine_keys.get(each.url)
             gate = self._gate(each.gpu, each.url)
+            recipe = self._launcher.recipe(settings, each)
             replica = known.get(each.url)
-            if replica is not None and replica.same_as(each, key):
+            if replica is not None and replica.same_as(each, key, recipe):
                 del known[each.url]
                 replica.settings = each
                 replica.gate = gate
             else:
                 connect_s = self.settings.limits.connect_time
-                replica = Replica(each, gate, connect_s, key)
+                replica = Replica(each, gate, connect_s, key, recipe)
                 fresh.append(replica)
             replicas.append(replica)
         if model is None:
@@ -189,6 +195,7 @@ class Router:
 
     def _retire(self, model: Model, replica: Replica) -> None:
         self._watchers.pop(replica).cancel()
+        self._leaving[replica] = model
 
         async def drain() -> None:
             # Also requests that wait for the model to wake may still choose it.
@@ -197,6 +204,7 @@ class Router:
                 await asyncio.sleep(_DRAIN_LOOK_S)
             await replica.close()
             self._launcher.forget(replica)
+            del self._leaving[replica]
 
         self._spawn(drain(), f"drain {replica.name}")
 
@@ -204,11 +212,14 @@ class Router:
 
     async def _watch(self, model: Model, replica: Replica) -> None:
         while True:
-            await replica.look(self.settings.health)
             try:
+                await replica.look(self.settings.health)
                 await model.mend(replica)
             except EngineError as error:
                 log.warning("%s: a replica stays asleep: %s", model.name, error)
+            except Exception:
+                # One that nobody looks at any more would never come back.
+                log.exception("%s: a look at %s failed", model.name, replica.name)
             await replica.pause(self.settings.health)
 
     async def _sleep_at_start(self, model: Model) -> None:

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import resource
 import signal
 import socket
+from collections.abc import Iterator
 
 import uvicorn
 
@@ -64,7 +66,17 @@ async def _run(loaded: Loaded, listening: socket.socket) -> None:
     )
     address = f"[{host}]" if ":" in (host := listening.getsockname()[0]) else host
     log.info("serving http://%s:%d", address, listening.getsockname()[1])
-    await uvicorn.Server(config).serve(sockets=[listening])
+    await _Server(config).serve(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # Uvicorn's own raises them again at its end, which would end us before traces are sent.
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
 
 
 def _allow_many_files() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+import httpx
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -31,10 +32,12 @@ Positive = Annotated[Seconds, Field(gt=0)]
 def _base_url(text: str) -> str:
     parts = urlsplit(text)
     try:
-        port = parts.port
-    except ValueError:
-        port = -1
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
+        # Also what only a connection would find wrong with it.
+        good = parts.port != 0 and parts.hostname and parts.hostname.encode("idna")
+        httpx.URL(text)
+    except (ValueError, httpx.InvalidURL):
+        good = False
+    if parts.scheme not in ("http", "https") or not good:
         raise ValueError(f"{text!r} is not the URL of an engine: write e.g. http://127.0.0.1:8000")
     if parts.query or parts.fragment or parts.username:
         raise ValueError(f"{text!r} has more than scheme, host, port and path: leave that out")

@@ -54,6 +54,9 @@ class HostFile:
                     return HostFile(path, descriptor, num_bytes)
             except (BlockingIOError, FileNotFoundError):
                 pass  # somebody is about to delete it
+            except BaseException:
+                os.close(descriptor)
+                raise
             os.close(descriptor)
         return None
 
@@ -65,14 +68,13 @@ class HostFile:
             OSError: there is no room for it.
         """
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(suffix=_DRAFT, dir=directory)
+        descriptor, name = _draft(directory)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
             # Now rather than at the first touch, which would be a bus error.
             os.posix_fallocate(descriptor, 0, num_bytes)
             return HostFile(Path(name), descriptor, num_bytes)
         except BaseException as error:
-            Path(name).unlink()
+            Path(name).unlink(missing_ok=True)
             os.close(descriptor)
             if isinstance(error, OSError):
                 raise OSError(
@@ -103,6 +105,21 @@ class HostFile:
         self._map.close()
         _delete_unused(self.path, self._descriptor)
         os.close(self._descriptor)
+
+
+def _draft(directory: Path) -> tuple[int, str]:
+    """A new file, locked, and its name."""
+    while True:
+        descriptor, name = tempfile.mkstemp(suffix=_DRAFT, dir=directory)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            # Until then it looked like one that a killed process left.
+            if os.fstat(descriptor).st_nlink:
+                return descriptor, name
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
 
 def _delete_unused(path: Path, descriptor: int) -> None:

@@ -13,8 +13,9 @@ from kvcached_core import Ledger
 from tests.e2e.conftest import MIB, SERVER_ARGS, SERVER_PAGE, Models
 from tests.support.elastic import elastic_env, ledger_path
 from tests.support.engines import engine_environment
-from tests.support.launched import site, until
+from tests.support.launched import site
 from tests.support.server import free_port
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(300)
 

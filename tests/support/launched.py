@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,9 @@ from kvcached_core.router.router import Router
 
 from .server import free_port
 from .upstream import serving
+from .waiting import LONG_S
 
 REPO = Path(__file__).resolve().parents[2]
-LONG_S = 30.0
 UPSTREAM = [sys.executable, "-m", "tests.support.upstream", "{port}"]
 QUICK = {"delay": "50ms", "longest": "200ms"}
 
@@ -77,17 +75,3 @@ async def site(
         client = httpx.AsyncClient(base_url=url, timeout=LONG_S, trust_env=False)
         async with client:
             yield Site(router, client, path)
-
-
-def run(main: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        await asyncio.wait_for(main(), 3 * LONG_S)
-
-    asyncio.run(bounded())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + LONG_S
-    while not condition():
-        assert time.monotonic() < end, "it never came about"
-        await asyncio.sleep(0.005)

@@ -57,6 +57,13 @@ class Upstream:
     reloads: int = 0
     """Of the weights, after they were dropped."""
     probes: int = 0
+    probing: int = 0
+    """Probes it has now."""
+    probed_asleep: int = 0
+    probe_gate: asyncio.Event | None = None
+    """Holds what it says of its health."""
+    nonsense: bool = False
+    """What it says of its sleep is not to be understood."""
     ask_gate: asyncio.Event | None = None
     """Holds what it says of its sleep; the other two hold that itself."""
     wake_gate: asyncio.Event | None = None
@@ -65,6 +72,7 @@ class Upstream:
     running: int = 0
     most_running: int = 0
     slept_while_running: bool = False
+    slept_while_probed: bool = False
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     """A stream was stopped before its end."""
     all_here: asyncio.Event = field(default_factory=asyncio.Event)
@@ -144,6 +152,11 @@ class Upstream:
 
     async def _health(self, _: Request) -> Response:
         self.probes += 1
+        self.probed_asleep += self.asleep
+        self.probing += 1
+        if self.probe_gate is not None:
+            await self.probe_gate.wait()
+        self.probing -= 1
         return Response(status_code=200 if self.healthy else 500)
 
     async def _sleep(self, request: Request) -> Response:
@@ -152,6 +165,7 @@ class Upstream:
         self.seen.append((f"{request.url.path}?{request.url.query}", {}, await request.body()))
         self.sleeps += 1
         self.slept_while_running |= self.running > 0
+        self.slept_while_probed |= self.probing > 0
         if self.sleep_gate is not None:
             await self.sleep_gate.wait()
         self.asleep = True
@@ -181,6 +195,8 @@ class Upstream:
             return Response(status_code=404)
         if self.ask_gate is not None:
             await self.ask_gate.wait()
+        if self.nonsense:
+            return Response("[" * 100_000, media_type="application/json")
         return JSONResponse({"is_sleeping": self.asleep})
 
 

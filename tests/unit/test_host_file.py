@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,3 +53,33 @@ def test_a_file_of_another_size_is_not_taken(tmp_path: Path) -> None:
     assert again.path.exists(), "still in use"
     again.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_not_swept_before_it_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, turns = tempfile.mkstemp, iter(range(3))
+
+    def swept(**where: Any) -> tuple[int, str]:
+        made = make(**where)
+        if next(turns) < 2:
+            sweep(tmp_path)  # by another engine, at this very moment
+        return made
+
+    monkeypatch.setattr(tempfile, "mkstemp", swept)
+    file = HostFile.create(tmp_path, 4096)
+    assert file.path.exists()
+    file.publish("key")
+    again = HostFile.open(tmp_path, "key", 4096)
+    assert again is not None
+    for each in (again, file):
+        each.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_mapped_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "key.weights").touch()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(ValueError, match="empty"):
+        HostFile.open(tmp_path, "key", 0)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

@@ -19,8 +19,9 @@ from kvcached_core.router.launch.backoff import Backoff
 from kvcached_core.router.launch.command import command, environment
 from kvcached_core.router.launch.process import EngineProcess
 from kvcached_core.router.settings import GpuSettings, ModelSettings, RestartSettings
-from tests.support.launched import LONG_S, REPO, UPSTREAM, launch, run, site, until
+from tests.support.launched import REPO, UPSTREAM, launch, site
 from tests.support.server import free_port
+from tests.support.waiting import LONG_S, run, until
 from tests.unit.test_router_process import STREAM, ask, get, router
 
 NO_MPS = {"gpus": {"0": {"mps": False, "parallel_starts": 2}}}
@@ -219,6 +220,20 @@ def test_a_cold_wake_that_fails_leaves_it_asleep(tmp_path: Path) -> None:
     run(main)
 
 
+def test_a_wake_ends_with_the_router(tmp_path: Path) -> None:
+    async def main() -> None:
+        sleep = {"kind": "cold", "at_start": True, "minimum": "1h"}
+        async with site(tmp_path, one(launch(tmp_path), sleep=sleep)) as s:
+            task = asyncio.create_task(s.complete())
+            await until(lambda: s.router.models["m"].state == "waking")
+            supervisor = s.supervisor()
+        await asyncio.wait([task])
+        assert [t.get_name() for t in asyncio.all_tasks() if "waking" in t.get_name()] == []
+        assert supervisor.starts == 0
+
+    run(main)
+
+
 def test_an_engine_that_dies_asleep_is_started_by_the_next_request(tmp_path: Path) -> None:
     async def main() -> None:
         async with site(tmp_path, one(launch(tmp_path))) as s:
@@ -267,6 +282,34 @@ def test_a_reload_replaces_an_engine_on_its_port(tmp_path: Path) -> None:
             second = s.pid()
             s.reconfigure({"models": [{"name": "n", "replicas": [{"url": "http://127.0.0.1:9"}]}]})
             await until(lambda: not lives(second))
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "model"),
+    [
+        ({"0": {"mps": False, "device": "7"}}, {}),
+        (NO_MPS["gpus"], {"sleep": {"after": "1h"}}),
+    ],
+)
+def test_a_reload_that_changes_how_an_engine_is_started_replaces_it(
+    tmp_path: Path, gpu: dict[str, Any], model: dict[str, Any]
+) -> None:
+    async def main() -> None:
+        found = one(launch(tmp_path))
+        async with site(tmp_path, found) as s:
+            assert (await s.complete()).status_code == 200
+            first = s.pid()
+            s.reconfigure(found)
+            s.reconfigure({**found, "gpus": {"0": {"mps": False, "max_running": 3}}})
+            assert s.pid() == first, "that is a matter of its queue"
+            s.reconfigure({"models": [{**found["models"][0], **model}], "gpus": gpu})
+            assert (await s.complete()).status_code == 200
+            assert not lives(first)
+            variables = read(Path("/proc") / str(s.pid()) / "environ").split(b"\0")
+            wanted = b"VLLM_SERVER_DEV_MODE=1" if model else b"CUDA_VISIBLE_DEVICES=7"
+            assert wanted in variables
 
     run(main)
 

@@ -19,7 +19,8 @@ import pytest
 from kvcached_core.mps import DIRECTORY, Mps
 from kvcached_core.router.launch.mps_guard import MpsGuard
 from tests.support import fake_mps
-from tests.support.launched import Site, launch, run, site, until
+from tests.support.launched import Site, launch, site
+from tests.support.waiting import run, until
 
 SERVER = 4242
 
@@ -165,6 +166,24 @@ def test_a_fault_does_not_reach_other_gpus(tmp_path: Path, mps: Mps) -> None:
             after = await all_ready(s, 3)
             assert after[1] != before[1]
             assert after[2] == before[2]
+
+    run(main)
+
+
+def test_nobody_starts_into_a_fault_from_the_queue_for_a_turn(tmp_path: Path, mps: Mps) -> None:
+    async def main() -> None:
+        mps.start()
+        serving(mps, [], "FAULT\n")
+        found = settings(tmp_path, 0, 0)
+        found["models"][0]["replicas"][0]["launch"]["command"] = ["sh", "-c", "sleep 0.3; exit 3"]
+        async with site(tmp_path, found, MpsGuard(settle_s=0.1)) as s:
+            # m1 waits for m0, which ends of a fault before it is ready.
+            await until(lambda: s.supervisor("m0").crashes == 1)
+            await asyncio.sleep(2)  # time to ask the daemon, and to start
+            assert s.supervisor("m1").starts == 0
+            serving(mps, [], "ACTIVE\n")
+            await until(lambda: s.supervisor("m1").ready)
+            assert (s.supervisor("m1").starts, s.supervisor("m1").crashes) == (1, 0)
 
     run(main)
 

@@ -21,7 +21,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from kvcached_core.config import ConfigError
 from kvcached_core.router import tracing
-from tests.support.launched import LONG_S, REPO
+from tests.support.launched import REPO
+from tests.support.waiting import LONG_S
 from tests.unit.test_router_process import engine, get, models, router
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -63,7 +64,7 @@ def attributes(span: Span) -> dict[str, object]:
 
 def test_a_request_is_one_trace_from_client_to_engine(tmp_path: Path) -> None:
     with collector() as (endpoint, found), engine(tmp_path, 0, 3) as (upstream, _):
-        env = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+        env = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_BSP_SCHEDULE_DELAY": "60000"}
         with router(tmp_path, models(upstream), env) as (url, started):
             body = json.dumps({"model": "m", "prompt": "hi"}).encode()
             for name in ("/action/sleep/m", "/v1/completions"):
@@ -71,8 +72,9 @@ def test_a_request_is_one_trace_from_client_to_engine(tmp_path: Path) -> None:
                     url + name, body, {"traceparent": f"00-{TRACE}-{PARENT}-01"}
                 )
                 urllib.request.urlopen(request, timeout=LONG_S).read()
+            # What is not sent yet is sent then.
             started.send_signal(signal.SIGTERM)
-            started.wait(timeout=LONG_S)
+            assert started.wait(timeout=LONG_S) == 0
     assert {service for service, _ in found} == {"kvcached-router"}
     spans = {span.name: span for _, span in found}
     assert set(spans) == {"POST /v1/completions", "queue", "engine", "wake"}

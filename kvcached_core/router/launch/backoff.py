@@ -19,10 +19,6 @@ class Backoff:
             self._failures = 0
         self._failures += 1
 
-    def reset(self) -> None:
-        """Begin anew."""
-        self._failures = 0
-
     @property
     def delay_s(self) -> float:
         """Seconds until the next start; 0 before any failure."""

@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 
 from ..settings import GpuSettings, LaunchSettings, ModelSettings, ReplicaSettings
 
+Recipe = tuple[list[str], dict[str, str]]
+"""Command and environment."""
 _MODULES = {
     # What `vllm serve` runs; the CPU package has no such command that works.
     "vllm": ("vllm.entrypoints.openai.api_server", "--model"),

@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 from ..model import Model
 from ..replica import Replica
-from ..settings import GpuSettings, RouterSettings
-from .command import command, environment
+from ..settings import GpuSettings, ModelSettings, ReplicaSettings, RouterSettings
+from .command import Recipe, command, environment
 from .mps_guard import MpsGuard
 from .supervisor import Hooks, Place, Supervisor
+from .turns import Turns
 
 
 class Launcher:
@@ -22,8 +23,15 @@ class Launcher:
         self.guard = guard
         self._settings = settings
         self._ports: dict[int, asyncio.Lock] = {}
-        self._turns: dict[tuple[str, int], asyncio.Semaphore] = {}
+        self._turns = Turns()
         self._replicas: list[Replica] = []
+
+    def recipe(self, model: ModelSettings, replica: ReplicaSettings) -> Recipe | None:
+        """What the settings say of an engine's process; None for one that is not launched."""
+        if replica.launch is None:
+            return None
+        gpu = self._settings().gpus.get(replica.gpu or "")
+        return command(model, replica), environment(model, replica, gpu, {})
 
     def equip(self, model: Model, replica: Replica) -> Supervisor:
         """Give a replica that is to be launched a supervisor, which starts nothing yet."""
@@ -31,7 +39,7 @@ class Launcher:
         assert launch is not None
         engine = replica.engine
 
-        def make() -> tuple[list[str], dict[str, str]]:
+        def make() -> Recipe:
             gpu = self._gpu(replica)
             secrets = _secrets(self._settings())
             env = environment(model.settings, replica.settings, gpu, os.environ, secrets)
@@ -49,7 +57,10 @@ class Launcher:
         supervisor = Supervisor(
             f"{model.name} on port {launch.port}",
             launch,
-            Place(self._ports.setdefault(launch.port, asyncio.Lock()), self._turn(replica)),
+            Place(
+                self._ports.setdefault(launch.port, asyncio.Lock()),
+                self._turns.of(lambda: (replica.settings.gpu or replica.name, self._gpu(replica))),
+            ),
             Hooks(
                 make,
                 probe,
@@ -64,7 +75,8 @@ class Launcher:
         return supervisor
 
     def arrange(self, replicas: list[Replica]) -> None:
-        """Take the order of the configuration."""
+        """Take the order of the configuration, and how many may start at a time."""
+        self._turns.configure(self._settings().gpus)
         self.guard.arrange([r.supervisor for r in replicas if r.supervisor is not None])
 
     def forget(self, replica: Replica) -> None:
@@ -83,11 +95,6 @@ class Launcher:
         name = replica.settings.gpu
         found = self._settings().gpus.get(name) if name is not None else None
         return found if found is not None else GpuSettings()
-
-    def _turn(self, replica: Replica) -> asyncio.Semaphore:
-        parallel = self._gpu(replica).parallel_starts
-        name = replica.settings.gpu or replica.name
-        return self._turns.setdefault((name, parallel), asyncio.Semaphore(parallel))
 
 
 def _secrets(settings: RouterSettings) -> set[str]:

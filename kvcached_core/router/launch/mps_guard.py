@@ -122,7 +122,7 @@ class MpsGuard:
 
     async def clear(self, client: _Client) -> None:
         """Wait until no fault is being dealt with."""
-        if self._waiting is not None:
+        while self._waiting is not None:
             turn = asyncio.get_running_loop().create_future()
             self._waiting.append((client, turn))
             await turn

@@ -22,6 +22,7 @@ class EngineProcess:
         self._process = process
         self._log = log
         self._begin = begin
+        self._swept = False
 
     @classmethod
     async def start(
@@ -73,7 +74,10 @@ class EngineProcess:
     async def wait(self) -> int:
         """Its exit status, negative for a signal, once it ended; what it left is killed."""
         code = await self._process.wait()
-        self._signal_group(signal.SIGKILL)
+        # Once, and at once: later the number may be somebody else's.
+        if not self._swept:
+            self._swept = True
+            self._signal_group(signal.SIGKILL)
         return code
 
     async def stop(self, timeout_s: float) -> int:
@@ -87,10 +91,6 @@ class EngineProcess:
             except asyncio.TimeoutError:
                 self._signal_group(signal.SIGKILL)
         return await self.wait()
-
-    def kill(self) -> None:
-        """End all of it now."""
-        self._signal_group(signal.SIGKILL)
 
     def last_words(self, lines: int = 5) -> str:
         """The end of what this run wrote, if that is known."""

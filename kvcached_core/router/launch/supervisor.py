@@ -16,7 +16,9 @@ from typing import Protocol
 from ..engines import EngineError
 from ..settings import LaunchSettings
 from .backoff import Backoff
+from .command import Recipe
 from .process import EngineProcess
+from .turns import Turn
 
 log = logging.getLogger(__name__)
 _LOOK_S = 0.25
@@ -72,15 +74,15 @@ class Place:
 
     port: asyncio.Lock
     """Held by who listens on its port: the one before must have ended."""
-    turn: asyncio.Semaphore
-    """Held while it starts."""
+    turn: Turn
+    """Held while it starts, and until it is gone if it does not."""
 
 
 @dataclass
 class Hooks:
     """What a supervisor asks and tells."""
 
-    make: Callable[[], tuple[list[str], dict[str, str]]]
+    make: Callable[[], Recipe]
     """Command and environment of the next start."""
     probe: Callable[[float], Awaitable[None]]
     """Raises EngineError unless the engine answers within so many seconds."""
@@ -114,7 +116,6 @@ class Supervisor:
     _blameless: bool = False
     _task: asyncio.Task[None] | None = None
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
-    _hurry: asyncio.Event = field(default_factory=asyncio.Event)
     _broken: asyncio.Event = field(default_factory=asyncio.Event)
     _settled: asyncio.Event = field(default_factory=asyncio.Event)
     """Set whenever an attempt to start it came to its end, good or bad."""
@@ -139,11 +140,6 @@ class Supervisor:
         self._settled.clear()
         before = self._task
         self._task = asyncio.create_task(self._run(before), name=f"engine {self.name}")
-
-    def hurry(self) -> None:
-        """Do not wait before the next start: somebody who knows better asks for it."""
-        self._backoff.reset()
-        self._hurry.set()
 
     async def started(self) -> None:
         """Start it and wait until it is ready.
@@ -191,6 +187,7 @@ class Supervisor:
         if before is not None:
             await asyncio.wait([before])
         if not self._asked:
+            self._settled.set()
             return
         self._wanted = True
         self._stop.clear()
@@ -216,13 +213,15 @@ class Supervisor:
         delay = self._backoff.delay_s
         if delay:
             self._set(Phase.WAITING, f"it is started again after {delay:g} s: {self.last_end}")
-            await self._first(self._hurry.wait(), delay)
-        self._hurry.clear()
+            await self._first(asyncio.sleep(delay))
 
     async def _one_run(self) -> None:
         since: float | None = None
+        process: EngineProcess | None = None
         try:
             async with _held(self.place.turn, self._stop):
+                # Who had the turn before may have come to an end that concerns others.
+                await self._first(self.fate.clear())
                 if not self._wanted:
                     return
                 again = f"it is starting again: {self.last_end}"
@@ -234,11 +233,19 @@ class Supervisor:
                     self.last_end = ""
                     self._set(Phase.READY, "")
                     self._settled.set()
+                else:
+                    # The memory it has taken is missing to the next one until then.
+                    said = await self._end(process)
             if since is not None:
                 await self._watch(process)
-            said = await self._end(process)
+                said = await self._end(process)
         except (EngineError, OSError) as error:
             said = str(error)
+        except Exception as error:
+            log.exception("engine %s: this was not foreseen", self.name)
+            said = f"{type(error).__name__}: {error}"
+        if process is not None and process.runs:
+            await process.stop(self.settings.stop_time)
         if not self._wanted:
             return
         self.crashes += 1
@@ -353,9 +360,9 @@ def _require_free(port: int) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _held(lock: asyncio.Lock | asyncio.Semaphore, stop: asyncio.Event) -> AsyncIterator[None]:
+async def _held(lock: asyncio.Lock | Turn, stop: asyncio.Event) -> AsyncIterator[None]:
     """Hold ``lock`` for the block, which begins without it if ``stop`` is set before."""
-    acquire = asyncio.ensure_future(lock.acquire())
+    acquire: asyncio.Future[object] = asyncio.ensure_future(lock.acquire())
     stopped = asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait((acquire, stopped), return_when=asyncio.FIRST_COMPLETED)
