@@ -13,7 +13,7 @@ import pytest
 from tests.support.elastic import elastic_env, ledger_path
 from tests.support.engines import EngineHost, Flavor, Job, Result, engine_folder
 from tests.support.prompts import TWIN_LENGTH, mixed_batches, twins
-from tests.support.server import Server
+from tests.support.server import Server, VllmHost
 from tests.support.sglang_server import sglang_folder
 from tests.support.tiny_model import COHERE2, GEMMA3, LFM2, LLAMA, make_tiny_model
 
@@ -85,6 +85,14 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
     yield from _host("patched", tmp_path_factory)
 
 
+@pytest.fixture(scope="session")
+def vllm_patched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmHost]:
+    """Servers of the patched engine are forks of this."""
+    host = VllmHost("patched", tmp_path_factory.mktemp("vllm-patched"))
+    yield host
+    host.close()
+
+
 LLAMA_BATCHES = [*mixed_batches(), twins(PAIRS)]
 GEMMA_BATCHES = [*mixed_batches(batches=2), twins(PAIRS)]
 
@@ -127,8 +135,9 @@ class Pair:
     memory.
     """
 
-    def __init__(self, models: Models, folder: Path) -> None:
+    def __init__(self, models: Models, host: VllmHost, folder: Path) -> None:
         self._model = models.llama
+        self._host = host
         self.folder = folder
         self.ledger = ledger_path(folder / "ledger")
         self.plain = self._server("plain", "--no-enable-prefix-caching")
@@ -143,7 +152,7 @@ class Pair:
             parked=str(SERVER_PARKED),
             parked_decay_ms="200",
         )
-        return Server(name, self._model, self.folder, (*SERVER_ARGS, *args), env)
+        return Server(name, self._model, self.folder, (*SERVER_ARGS, *args), env, host=self._host)
 
     def start(self) -> None:
         for server in (self.plain, self.caching):
@@ -157,8 +166,10 @@ class Pair:
 
 
 @pytest.fixture(scope="session")
-def _pair(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    pair = Pair(models, tmp_path_factory.mktemp("servers"))
+def _pair(
+    models: Models, vllm_patched: VllmHost, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pair]:
+    pair = Pair(models, vllm_patched, tmp_path_factory.mktemp("servers"))
     try:
         pair.start()
         yield pair

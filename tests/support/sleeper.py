@@ -14,7 +14,7 @@ from kvcached_core import Ledger
 
 from .elastic import check_account, elastic_env
 from .prompts import Prompt
-from .server import HttpServer, Server, burst
+from .server import HttpServer, Server, VllmHost, burst
 from .sglang_server import SglangHost, SglangServer
 from .watch import LedgerWatch, page_memory, process_tree
 
@@ -39,13 +39,13 @@ class Sleeper(Server):
     """A server with the engine's endpoints for sleep."""
 
     def __init__(
-        self, name: str, model: Path, folder: Path, args: tuple[str, ...], **settings: str
+        self, name: str, model: Path, folder: Path, host: VllmHost, *args: str, **settings: str
     ) -> None:
         env = elastic_env(
             folder / "ledger", name=name, weights_dir=str(folder / "weights"), **settings
         )
         env["VLLM_SERVER_DEV_MODE"] = "1"
-        super().__init__(name, model, folder, (*args, "--enable-sleep-mode"), env)
+        super().__init__(name, model, folder, (*args, "--enable-sleep-mode"), env, host=host)
 
     def sleep(self, level: int = 1) -> None:
         status, text = self.post(f"/sleep?level={level}", {})
