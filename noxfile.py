@@ -212,7 +212,7 @@ def _cpp(session: nox.Session) -> None:
         )
         session.run("cmake", "--build", str(build), "--parallel", JOBS)
         ctest = ["ctest", "--test-dir", str(build), "--output-on-failure", "--no-tests=error"]
-        ctest += ["--timeout", "1200"]
+        ctest += ["--timeout", "1200", "--parallel", JOBS]
         session.run(*_fixed_addresses(sanitizer), *ctest, external=True)
 
 
