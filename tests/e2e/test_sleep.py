@@ -36,6 +36,8 @@ pytestmark = pytest.mark.timeout(600)
 CAPACITY = 48 * MIB
 CYCLES = 100
 WAKE_WAIT_MS = 2000
+SHORT_WAIT_MS = 300
+"""Where a wake is refused again and again."""
 
 
 def _sleeper(
@@ -45,6 +47,7 @@ def _sleeper(
     host: VllmHost,
     *args: str,
     capacity: int = CAPACITY,
+    wake_wait_ms: int = WAKE_WAIT_MS,
 ) -> Sleeper:
     return Sleeper(
         name,
@@ -54,7 +57,7 @@ def _sleeper(
         *SERVER_ARGS,
         *args,
         capacity=str(capacity),
-        wake_wait_ms=str(WAKE_WAIT_MS),
+        wake_wait_ms=str(wake_wait_ms),
     )
 
 
@@ -229,7 +232,14 @@ def test_killed_in_its_sleep_it_holds_nothing(
 def test_two_ranks_sleep_and_wake_alike(
     models: Models, vllm_patched: VllmHost, tmp_path: Path
 ) -> None:
-    server = _sleeper("ranks", models, tmp_path, vllm_patched, "--tensor-parallel-size=2")
+    server = _sleeper(
+        "ranks",
+        models,
+        tmp_path,
+        vllm_patched,
+        "--tensor-parallel-size=2",
+        wake_wait_ms=SHORT_WAIT_MS,
+    )
     prompts = equal_prompts(3, 200, 17)
     try:
         server.start().wait_ready()
@@ -256,7 +266,10 @@ def test_two_in_turn_on_memory_for_one_and_a_half(
     weights = 16 * MIB
     capacity = weights + weights // 2 + 8 * MIB
     servers = [
-        _sleeper(name, models, tmp_path, vllm_patched, capacity=capacity) for name in ("one", "two")
+        _sleeper(
+            name, models, tmp_path, vllm_patched, capacity=capacity, wake_wait_ms=SHORT_WAIT_MS
+        )
+        for name in ("one", "two")
     ]
     prompts = equal_prompts(6, 300, 11)
     try:
