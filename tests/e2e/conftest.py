@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.path.parent == Path(__file__).parent and needed(item.path.name):
                 reason = f"needs a patched engine: set {names} to its folder, or use `nox -s e2e`"
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+# Tests of a file, and of those that share what takes long to start, belong in one process.
+GROUPS = {
+    "test_memory_follows_load": "vllm",
+    "test_metrics": "vllm",
+    "test_off": "vllm",
+    "test_refusals": "vllm",
+    "test_tokens": "vllm",
+    "test_two_servers": "vllm",
+    "test_sglang_dp": "sglang",
+    "test_sglang_memory": "sglang",
+    "test_sglang_tokens": "sglang",
+    "test_sglang_tp": "sglang",
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    # Its own groups, `--dist loadgroup`, are names that pytest 9 lets nobody change any more.
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            stem = Path(nodeid.partition("::")[0]).stem
+            return GROUPS.get(stem, stem)
+
+    return Scheduling(config, log)
 
 
 @dataclass(frozen=True)
