@@ -66,7 +66,7 @@ GROUPS = {
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
-    # Its own groups, `--dist loadgroup`, are names that pytest 9 lets nobody change any more.
+    # Its own groups, `--dist loadgroup`, are names of tests, which pytest 9.2 lets nobody change.
     class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             stem = Path(nodeid.partition("::")[0]).stem

@@ -99,8 +99,18 @@ def page_bytes(server: HttpServer) -> int:
 
 
 def resident_bytes(server: HttpServer) -> int:
-    """Of all its processes, what they share counted once."""
-    return sum(psutil.Process(p).memory_full_info().pss for p in process_tree(server.pid))
+    """Of all its processes, what they share counted once.
+
+    Without the files of the installation: what counts for one process changes as others come and go
+    that run the same libraries, those of tests beside this one among them.
+    """
+    total = 0
+    for pid in process_tree(server.pid):
+        for mapping in psutil.Process(pid).memory_maps():
+            path = Path(mapping.path)
+            if path.is_relative_to(server.log.parent) or not path.is_file():
+                total += mapping.pss
+    return total
 
 
 def tokens_of(server: HttpServer, prompts: Sequence[Prompt]) -> list[list[int]]:
