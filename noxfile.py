@@ -41,11 +41,14 @@ CORE += [
     "pyyaml>=6",
 ]
 CORE += ["opentelemetry-sdk>=1.26", "opentelemetry-exporter-otlp-proto-http>=1.26"]
-TEST = ["pytest>=8", "pytest-timeout", "hypothesis", "numpy", "tomli; python_version < '3.11'"]
+TEST = ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "numpy"]
+TEST += ["tomli; python_version < '3.11'"]
 # What the router's tests ask it with.
 TEST += ["openai", "schemathesis>=4", "playwright"]
 SANITIZERS = ("address,undefined", "thread")
 JOBS = str(min(os.cpu_count() or 1, 8))
+# Test processes at once: an engine that starts or answers keeps one core busy, and a little more.
+TWO = ("-n", str(min(os.cpu_count() or 1, 2)))
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,7 @@ def _cpp(session: nox.Session) -> None:
         )
         session.run("cmake", "--build", str(build), "--parallel", JOBS)
         ctest = ["ctest", "--test-dir", str(build), "--output-on-failure", "--no-tests=error"]
-        ctest += ["--timeout", "1200"]
+        ctest += ["--timeout", "1200", "--parallel", JOBS]
         session.run(*_fixed_addresses(sanitizer), *ctest, external=True)
 
 
@@ -308,7 +311,12 @@ def _engine_tests(session: nox.Session, engines: Engines, *args: str) -> None:
 
 def _e2e(session: nox.Session, vllm: Engines, sglang: Engines, *args: str) -> None:
     env = vllm.environment(vllm.patched) | sglang.folders()
-    session.run("python", "-m", "pytest", "tests/e2e", *args, env=env)
+    command = ("python", "-m", "pytest", "tests/e2e")
+    if args:
+        session.run(*command, *args, env=env)
+        return
+    session.run(*command, *TWO, "-m", "not alone", "--durations=25", env=env)
+    session.run(*command, "-m", "alone", "--durations=10", env=env)
 
 
 def _forks(session: nox.Session, *args: str) -> str:

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.elastic import elastic_env, ledger_path
 from tests.support.engines import EngineHost, Flavor, Job, Result, engine_folder
 from tests.support.prompts import TWIN_LENGTH, mixed_batches, twins
-from tests.support.server import Server
+from tests.support.server import Server, VllmHost
 from tests.support.sglang_server import sglang_folder
 from tests.support.tiny_model import COHERE2, GEMMA3, LFM2, LLAMA, make_tiny_model
 
@@ -44,6 +45,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.path.parent == Path(__file__).parent and needed(item.path.name):
                 reason = f"needs a patched engine: set {names} to its folder, or use `nox -s e2e`"
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+# Tests of a file, and of those that share what takes long to start, belong in one process.
+GROUPS = {
+    "test_memory_follows_load": "vllm",
+    "test_metrics": "vllm",
+    "test_off": "vllm",
+    "test_refusals": "vllm",
+    "test_tokens": "vllm",
+    "test_two_servers": "vllm",
+    "test_sglang_dp": "sglang",
+    "test_sglang_memory": "sglang",
+    "test_sglang_tokens": "sglang",
+    "test_sglang_tp": "sglang",
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    # Its own groups, `--dist loadgroup`, are names of tests, which pytest 9.2 lets nobody change.
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            stem = Path(nodeid.partition("::")[0]).stem
+            return GROUPS.get(stem, stem)
+
+    return Scheduling(config, log)
 
 
 @dataclass(frozen=True)
@@ -83,6 +112,14 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
 def patched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
     """Runs jobs on the patched engine."""
     yield from _host("patched", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def vllm_patched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmHost]:
+    """Servers of the patched engine are forks of this."""
+    host = VllmHost("patched", tmp_path_factory.mktemp("vllm-patched"))
+    yield host
+    host.close()
 
 
 LLAMA_BATCHES = [*mixed_batches(), twins(PAIRS)]
@@ -127,8 +164,9 @@ class Pair:
     memory.
     """
 
-    def __init__(self, models: Models, folder: Path) -> None:
+    def __init__(self, models: Models, host: VllmHost, folder: Path) -> None:
         self._model = models.llama
+        self._host = host
         self.folder = folder
         self.ledger = ledger_path(folder / "ledger")
         self.plain = self._server("plain", "--no-enable-prefix-caching")
@@ -143,7 +181,7 @@ class Pair:
             parked=str(SERVER_PARKED),
             parked_decay_ms="200",
         )
-        return Server(name, self._model, self.folder, (*SERVER_ARGS, *args), env)
+        return Server(name, self._model, self.folder, (*SERVER_ARGS, *args), env, host=self._host)
 
     def start(self) -> None:
         for server in (self.plain, self.caching):
@@ -157,8 +195,10 @@ class Pair:
 
 
 @pytest.fixture(scope="session")
-def _pair(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    pair = Pair(models, tmp_path_factory.mktemp("servers"))
+def _pair(
+    models: Models, vllm_patched: VllmHost, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pair]:
+    pair = Pair(models, vllm_patched, tmp_path_factory.mktemp("servers"))
     try:
         pair.start()
         yield pair

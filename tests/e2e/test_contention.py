@@ -16,7 +16,7 @@ from tests.support.trio import CAPACITY
 from tests.support.watch import LedgerWatch, wait_until
 
 pytest_plugins = ["tests.support.trio"]
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.alone]
 
 NAMES = ("large", "middle")
 LENGTH, ANSWER = 1050, 64

@@ -20,7 +20,7 @@ from tests.support.trio import CAPACITY
 from tests.support.watch import LedgerWatch, wait_until
 
 pytest_plugins = ["tests.support.trio"]
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.alone]
 
 BLOCK = 256 << 10
 HELD = 11 * MIB  # kept out of the game, so that few requests fill what is left

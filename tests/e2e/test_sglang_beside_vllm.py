@@ -12,7 +12,7 @@ from tests.support.cluster import MIB, Cluster
 from tests.support.elastic import check_account
 from tests.support.load import Burst, check_complete
 from tests.support.prompts import equal_prompts
-from tests.support.server import Answer, burst
+from tests.support.server import Answer, VllmHost, burst
 from tests.support.sglang_fixtures import check_unhurt
 from tests.support.sglang_server import SglangHost, SglangServer
 from tests.support.watch import LedgerWatch
@@ -28,10 +28,13 @@ MOST = CAPACITY // 2
 
 @pytest.fixture
 def cluster(
-    models: Models, sglang_patched: SglangHost, tmp_path_factory: pytest.TempPathFactory
+    models: Models,
+    vllm_patched: VllmHost,
+    sglang_patched: SglangHost,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("beside")
-    cluster = Cluster(models.llama, folder, CAPACITY, SERVER_ARGS)
+    cluster = Cluster(models.llama, folder, CAPACITY, SERVER_ARGS, vllm_patched)
     cluster.server("vllm")
     cluster.servers["sglang"] = SglangServer(
         "sglang", models.llama, folder, (), cluster.env("sglang"), host=sglang_patched

@@ -17,7 +17,7 @@ from tests.e2e.conftest import SERVER_ARGS, Models
 from tests.support.elastic import check_account
 from tests.support.engines import engine_environment
 from tests.support.prompts import equal_prompts
-from tests.support.server import burst
+from tests.support.server import VllmHost, burst
 from tests.support.sleeper import (
     MIB,
     Alone,
@@ -36,29 +36,37 @@ pytestmark = pytest.mark.timeout(600)
 CAPACITY = 48 * MIB
 CYCLES = 100
 WAKE_WAIT_MS = 2000
+SHORT_WAIT_MS = 300
+"""Where a wake is refused again and again."""
 
 
 def _sleeper(
     name: str,
     models: Models,
     folder: Path,
+    host: VllmHost,
+    *args: str,
     capacity: int = CAPACITY,
-    extra: tuple[str, ...] = (),
+    wake_wait_ms: int = WAKE_WAIT_MS,
 ) -> Sleeper:
     return Sleeper(
         name,
         models.llama,
         folder,
-        (*SERVER_ARGS, *extra),
+        host,
+        *SERVER_ARGS,
+        *args,
         capacity=str(capacity),
-        wake_wait_ms=str(WAKE_WAIT_MS),
+        wake_wait_ms=str(wake_wait_ms),
     )
 
 
 @pytest.fixture(scope="module")
-def _alone(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
+def _alone(
+    models: Models, vllm_patched: VllmHost, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Alone]:
     folder = tmp_path_factory.mktemp("sleep")
-    server = _sleeper("sleeper", models, folder)
+    server = _sleeper("sleeper", models, folder, vllm_patched)
     try:
         server.start().wait_ready()
         ledger = Ledger(folder / "ledger" / "host-0.ledger")
@@ -200,8 +208,10 @@ def test_whatever_fails_as_it_wakes(models: Models, tmp_path: Path) -> None:
     assert result["failures"] >= 20 and result["right"] and result["backends"] == 2
 
 
-def test_killed_in_its_sleep_it_holds_nothing(models: Models, tmp_path: Path) -> None:
-    server = _sleeper("victim", models, tmp_path)
+def test_killed_in_its_sleep_it_holds_nothing(
+    models: Models, vllm_patched: VllmHost, tmp_path: Path
+) -> None:
+    server = _sleeper("victim", models, tmp_path, vllm_patched)
     try:
         server.start().wait_ready()
         server.sleep()
@@ -219,8 +229,17 @@ def test_killed_in_its_sleep_it_holds_nothing(models: Models, tmp_path: Path) ->
         server.stop()
 
 
-def test_two_ranks_sleep_and_wake_alike(models: Models, tmp_path: Path) -> None:
-    server = _sleeper("ranks", models, tmp_path, extra=("--tensor-parallel-size=2",))
+def test_two_ranks_sleep_and_wake_alike(
+    models: Models, vllm_patched: VllmHost, tmp_path: Path
+) -> None:
+    server = _sleeper(
+        "ranks",
+        models,
+        tmp_path,
+        vllm_patched,
+        "--tensor-parallel-size=2",
+        wake_wait_ms=SHORT_WAIT_MS,
+    )
     prompts = equal_prompts(3, 200, 17)
     try:
         server.start().wait_ready()
@@ -241,10 +260,17 @@ def test_two_ranks_sleep_and_wake_alike(models: Models, tmp_path: Path) -> None:
         server.stop()
 
 
-def test_two_in_turn_on_memory_for_one_and_a_half(models: Models, tmp_path: Path) -> None:
+def test_two_in_turn_on_memory_for_one_and_a_half(
+    models: Models, vllm_patched: VllmHost, tmp_path: Path
+) -> None:
     weights = 16 * MIB
     capacity = weights + weights // 2 + 8 * MIB
-    servers = [_sleeper(name, models, tmp_path, capacity) for name in ("one", "two")]
+    servers = [
+        _sleeper(
+            name, models, tmp_path, vllm_patched, capacity=capacity, wake_wait_ms=SHORT_WAIT_MS
+        )
+        for name in ("one", "two")
+    ]
     prompts = equal_prompts(6, 300, 11)
     try:
         take_turns(servers, prompts, tmp_path)
@@ -253,8 +279,10 @@ def test_two_in_turn_on_memory_for_one_and_a_half(models: Models, tmp_path: Path
             server.stop()
 
 
-def test_a_wake_takes_a_neighbours_prefix_cache(models: Models, tmp_path: Path) -> None:
-    one, two = (_sleeper(name, models, tmp_path) for name in ("one", "two"))
+def test_a_wake_takes_a_neighbours_prefix_cache(
+    models: Models, vllm_patched: VllmHost, tmp_path: Path
+) -> None:
+    one, two = (_sleeper(name, models, tmp_path, vllm_patched) for name in ("one", "two"))
     prompts = equal_prompts(6, 300, 13)
     try:
         one.start().wait_ready()

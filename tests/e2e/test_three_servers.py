@@ -23,7 +23,7 @@ from tests.support.trio import CAPACITY, GUARANTEES
 from tests.support.watch import LedgerWatch, page_memory, process_tree, wait_until
 
 pytest_plugins = ["tests.support.trio"]
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.alone]
 
 LENGTH, ANSWER = 1050, 64  # 9 blocks at the end: 2.25 MiB
 IN_FLIGHT = {"large": 20, "middle": 14, "small": 10}  # each wants more than it can ever have

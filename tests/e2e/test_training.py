@@ -21,7 +21,7 @@ from tests.support.trio import CAPACITY
 from tests.support.watch import LedgerWatch, wait_until
 
 pytest_plugins = ["tests.support.trio"]
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.alone]
 
 REPO = Path(__file__).resolve().parents[2]
 BASE, PEAK = 2 * MIB, 32 * MIB

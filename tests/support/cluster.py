@@ -9,7 +9,7 @@ from kvcached_core import Ledger
 from kvcached_core._core import LedgerEvent, MemberInfo
 
 from .elastic import elastic_env, ledger_path
-from .server import HttpServer, Server
+from .server import HttpServer, Server, VllmHost
 from .watch import wait_until
 
 MIB = 1 << 20
@@ -20,9 +20,17 @@ class Cluster:
 
     Args:
         args: of all servers.
+        host: what they are forks of; without one they are started as a user does.
     """
 
-    def __init__(self, model: Path, folder: Path, capacity: int, args: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        model: Path,
+        folder: Path,
+        capacity: int,
+        args: tuple[str, ...],
+        host: VllmHost | None = None,
+    ) -> None:
         self.model = model
         self.folder = folder
         self.capacity = capacity
@@ -31,6 +39,7 @@ class Cluster:
         self.at_start: dict[str, MemberInfo] = {}
         """What the ledger said of each server when it was ready."""
         self._args = args
+        self._host = host
         self._ledger: Ledger | None = None
 
     @property
@@ -53,7 +62,7 @@ class Cluster:
     def server(self, name: str, *args: str, **settings: str) -> Server:
         """One more server, not started yet."""
         env = self.env(name, **settings)
-        server = Server(name, self.model, self.folder, (*self._args, *args), env)
+        server = Server(name, self.model, self.folder, (*self._args, *args), env, host=self._host)
         self.servers[name] = server
         return server
 

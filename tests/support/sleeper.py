@@ -14,7 +14,7 @@ from kvcached_core import Ledger
 
 from .elastic import check_account, elastic_env
 from .prompts import Prompt
-from .server import HttpServer, Server, burst
+from .server import HttpServer, Server, VllmHost, burst
 from .sglang_server import SglangHost, SglangServer
 from .watch import LedgerWatch, page_memory, process_tree
 
@@ -39,13 +39,13 @@ class Sleeper(Server):
     """A server with the engine's endpoints for sleep."""
 
     def __init__(
-        self, name: str, model: Path, folder: Path, args: tuple[str, ...], **settings: str
+        self, name: str, model: Path, folder: Path, host: VllmHost, *args: str, **settings: str
     ) -> None:
         env = elastic_env(
             folder / "ledger", name=name, weights_dir=str(folder / "weights"), **settings
         )
         env["VLLM_SERVER_DEV_MODE"] = "1"
-        super().__init__(name, model, folder, (*args, "--enable-sleep-mode"), env)
+        super().__init__(name, model, folder, (*args, "--enable-sleep-mode"), env, host=host)
 
     def sleep(self, level: int = 1) -> None:
         status, text = self.post(f"/sleep?level={level}", {})
@@ -99,8 +99,18 @@ def page_bytes(server: HttpServer) -> int:
 
 
 def resident_bytes(server: HttpServer) -> int:
-    """Of all its processes, what they share counted once."""
-    return sum(psutil.Process(p).memory_full_info().pss for p in process_tree(server.pid))
+    """Of all its processes, what they share counted once.
+
+    Without the files of the installation: what counts for one process changes as others come and go
+    that run the same libraries, those of tests beside this one among them.
+    """
+    total = 0
+    for pid in process_tree(server.pid):
+        for mapping in psutil.Process(pid).memory_maps():
+            path = Path(mapping.path)
+            if path.is_relative_to(server.log.parent) or not path.is_file():
+                total += mapping.pss
+    return total
 
 
 def tokens_of(server: HttpServer, prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -16,6 +16,7 @@ import pytest
 from .cluster import MIB, Cluster
 from .load import Burst
 from .prompts import equal_prompts
+from .server import VllmHost
 from .watch import wait_until
 
 CAPACITY = 48 * MIB
@@ -36,8 +37,11 @@ class Models(Protocol):
 
 
 @pytest.fixture(scope="session")
-def _trio(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(models.llama, tmp_path_factory.mktemp("trio"), CAPACITY, ARGS)
+def _trio(
+    models: Models, vllm_patched: VllmHost, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("trio")
+    cluster = Cluster(models.llama, folder, CAPACITY, ARGS, vllm_patched)
     for name, guarantee in GUARANTEES.items():
         cluster.server(name, guarantee=str(guarantee))
     try:
