@@ -204,6 +204,7 @@ def main() -> int:
             start_s = router.wait("active" if args.sleep == "never" else "asleep", args.start_limit)
             found: dict[str, Any] = {"command": " ".join(sys.argv), "cores": os.cpu_count()}
             found |= {"start_s": start_s, "asleep_mib": memory.used() >> 20}
+            found["mps"] = "launched without MPS" not in (args.out / "router.log").read_text()
             print(json.dumps(found), flush=True)
             memory.take_peak()
             jobs = [
