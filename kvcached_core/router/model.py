@@ -191,6 +191,13 @@ class Model:
         after = self.settings.sleep.after
         return after is not None and self.state is State.ACTIVE and self.traffic.idle_s >= after
 
+    @property
+    def yields(self) -> bool:
+        """Whether it would sleep to make room for another."""
+        sleep = self.settings.sleep
+        idle = self.state is State.ACTIVE and not self.pending
+        return sleep.after is not None and idle and self.traffic.idle_s >= sleep.yields_after
+
     async def sleep(self, *, by_hand: bool) -> None:
         """Put it to sleep, or see it to the end of falling asleep.
 

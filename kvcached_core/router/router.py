@@ -21,6 +21,7 @@ from .loading import Loaded, load
 from .metrics import Metrics
 from .model import Busy, Model
 from .replica import Replica
+from .room import Room
 from .settings import GpuSettings, ModelSettings, RouterSettings
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Router:
         guard = guard or MpsGuard()
         self.metrics = Metrics(lambda: self.models.values(), lambda: guard.faults)
         self._launcher = Launcher(lambda: self.settings, guard)
+        self._room = Room(lambda: self.models.values(), lambda: self.settings.ledger_dir)
         self._gates: dict[str, Gate] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._watchers: dict[Replica, asyncio.Task[None]] = {}
@@ -83,6 +85,7 @@ class Router:
         """Connect to the engines and begin to watch them."""
         self._apply(self._loaded)
         self._spawn(self._watch_idle(), "idle")
+        self._spawn(self._room.watch(), "room")
         await asyncio.gather(*(model.settled() for model in self.models.values()))
 
     async def stop(self) -> None:

@@ -237,6 +237,8 @@ class SleepSettings(_Settings):
     """It sleeps until the first request, once its engines have been launched."""
     after: Positive | None = None
     """Without a request for so long; by default only when told to."""
+    yields_after: Annotated[Seconds, Field(ge=0)] = 1.0
+    """With ``after``: it sleeps sooner, idle for so long, if another one waits for room to wake."""
     minimum: Annotated[Seconds, Field(ge=0)] = 0.0
     """It is not woken by a request sooner than this after it was put to sleep."""
     level: Literal[1, 2] = 1

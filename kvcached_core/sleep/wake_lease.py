@@ -17,6 +17,14 @@ CANNOT_WAKE = "kvcached cannot wake"
 """How the message of a :class:`WakeRefused` begins, in whatever an engine wraps it."""
 
 
+_WAKING = " waking"
+
+
+def is_waking(member: str) -> bool:
+    """Whether a member of that name leases for an engine that wakes."""
+    return member.endswith(_WAKING)
+
+
 class WakeRefused(RuntimeError):
     """There is no room for the weights now; the message says who holds it, and what to do."""
 
@@ -41,7 +49,7 @@ class WakeLease:
         policy = owner.policy()
         try:
             self._member = ledger.join(
-                f"{self._name[:80]} waking", weight=policy.weight, priority=policy.priority
+                self._name[:80] + _WAKING, weight=policy.weight, priority=policy.priority
             )
         except LedgerRefused as error:
             raise WakeRefused(f"{CANNOT_WAKE} {self._name}: {error}") from None
