@@ -20,27 +20,30 @@ from tests.support.waiting import until
 pytestmark = pytest.mark.timeout(300)
 
 
-def test_a_model_sleeps_and_wakes_in_its_process(models: Models, tmp_path: Path) -> None:
-    ledger_dir = tmp_path / "ledger"
+def _model(name: str, models: Models, folder: Path, capacity: int, **sleep: str) -> dict[str, Any]:
     env = engine_environment(
         "patched",
         elastic_env(
-            ledger_dir,
-            name="alpha",
-            capacity=str(64 * MIB),
+            folder / "ledger",
+            name=name,
+            capacity=str(capacity),
             page_size=str(SERVER_PAGE),
-            weights_dir=str(tmp_path / "weights"),
+            weights_dir=str(folder / "weights"),
         )
         | {"VLLM_HOST_IP": "127.0.0.1"},
     )
     launch = {"port": free_port(), "model": str(models.llama), "args": list(SERVER_ARGS),
-              "env": env, "log": str(tmp_path / "alpha.log")}  # fmt: skip
+              "env": env, "log": str(folder / f"{name}.log")}  # fmt: skip
+    return {"name": name, "replicas": [{"launch": launch, "gpu": "0"}], "queue": {"timeout": "4m"},
+            "sleep": {"at_start": True, **sleep}}  # fmt: skip
+
+
+def test_a_model_sleeps_and_wakes_in_its_process(models: Models, tmp_path: Path) -> None:
+    ledger_dir = tmp_path / "ledger"
     settings = {
-        "models": [
-            {"name": "alpha", "replicas": [{"launch": launch}], "queue": {"timeout": "4m"},
-             "sleep": {"at_start": True, "after": "2s"}},
-        ],
-    }  # fmt: skip
+        "gpus": {"0": {}},
+        "models": [_model("alpha", models, tmp_path, 64 * MIB, after="2s")],
+    }
 
     def alpha() -> Any:
         found = Ledger(ledger_path(ledger_dir)).members()
@@ -70,5 +73,42 @@ def test_a_model_sleeps_and_wakes_in_its_process(models: Models, tmp_path: Path)
             assert len(said) == 1, "the same answers after each sleep"
             assert s.pid("alpha") == pid
             assert (s.supervisor("alpha").starts, s.supervisor("alpha").crashes) == (1, 0)
+
+    asyncio.run(main())
+
+
+def test_the_idle_one_makes_room(models: Models, tmp_path: Path) -> None:
+    # Weights of 16 MiB each, in memory for one and a half; by themselves they would never sleep.
+    capacity = 26 * MIB
+    names = ("alpha", "beta")
+    settings = {
+        "gpus": {"0": {}},
+        "ledger_dir": str(tmp_path / "ledger"),
+        "models": [
+            _model(name, models, tmp_path, capacity, after="1h", yields_after="500ms")
+            for name in names
+        ],
+    }
+
+    async def main() -> None:
+        async with site(tmp_path, settings) as s:
+            s.client.timeout = 240
+            for name in names:
+                while s.router.models[name].state != "asleep":
+                    await asyncio.sleep(0.1)
+            ledger = Ledger(ledger_path(tmp_path / "ledger"))
+            said: set[str] = set()
+            for turn in range(6):
+                name, other = names[turn % 2], names[1 - turn % 2]
+                answer = await s.complete(name, prompt=[7] * 40, max_tokens=24, temperature=0)
+                assert answer.status_code == 200, answer.text
+                said.add(answer.json()["choices"][0]["text"])
+                static = {m.name: m.static_bytes for m in ledger.members() if m.alive}
+                assert static[name] > 0 and static[other] == 0, "there is no room for both"
+                assert s.router.models[other].state == "asleep"
+            assert len(said) == 1
+            for name in names:
+                model = s.router.models[name]
+                assert (model.wakes, model.failed_wakes) == (3, 0)
 
     asyncio.run(main())
