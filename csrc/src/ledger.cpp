@@ -71,6 +71,7 @@ Status Ledger::set_device_used(int64_t bytes, std::optional<uint64_t> reading) {
   const auto used = static_cast<uint64_t>(bytes);
   const uint64_t least = used > committed ? used - committed : 0;
   Word& external = file_->header().external;
+  file_->header().told.store(1);
   external.store(std::clamp(external.load(), least, least + unmapped));
   if (!was && tally(*file_, sum).ok() && sum.overdraft() != 0) {
     record(*file_, Kind::overdraft, -1, sum.overdraft(),

@@ -58,7 +58,8 @@ struct Header {
   Word next_generation;
   Word next_event;
   Word adoptions;  // how often mapped bytes have left the leases: older readings are out of date
-  unsigned char reserved[3984];
+  Word told;       // 1 once the driver's figure was: without a driver static bytes are all there is
+  unsigned char reserved[3976];
 };
 
 // Aligned so that a later release of this layout has room in it.

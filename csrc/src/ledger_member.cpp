@@ -192,7 +192,9 @@ Status Member::adopt(Member& other, int64_t bytes) {
     const uint64_t committed = std::min(from.committed.load(), amount);
     Header& header = file_->header();
     header.adoptions.fetch_add(1);
-    header.external.store(std::min(header.external.load() + committed, kMaxBytes));
+    if (header.told.load() != 0) {
+      header.external.store(std::min(header.external.load() + committed, kMaxBytes));
+    }
     Word& owned = file_->slot(index_).static_bytes;
     owned.store(owned.load() + amount);
     from.committed.store(from.committed.load() - committed);

@@ -364,6 +364,19 @@ TEST_CASE("bytes that are about to be mapped hide nothing that is in use") {
   CHECK(waking->set_unmapped(-1).code == Code::invalid_argument);
 }
 
+TEST_CASE("where no driver tells what is in use, static bytes are all there is") {
+  const TempDir dir;
+  auto a = open_ledger(dir.ledger(), 1000);
+  auto owner = join(*a, "owner");
+  auto waking = join(*a, "waking");
+  REQUIRE(lease(*waking, 300));
+  REQUIRE(waking->add_committed(300).ok());
+  REQUIRE(owner->adopt(*waking, 300).ok());
+  CHECK(available(*a) == 700);
+  REQUIRE(owner->add_static(-300).ok());
+  CHECK(available(*a) == 1000);
+}
+
 TEST_CASE("a trim waits for its member") {
   const TempDir dir;
   auto a = open_ledger(dir.ledger(), 1000);
