@@ -43,14 +43,14 @@ uint64_t Ledger::external() const { return file_->header().external.load(); }
 uint32_t Ledger::version() const { return file_->header().version.load(); }
 double Ledger::create_time() const { return static_cast<double>(file_->created_ns()) * 1e-9; }
 
+uint64_t Ledger::reading() const { return file_->header().adoptions.load(); }
+
 // The external use is worked out now and not when it is needed: members that commit later would
 // otherwise eat into it, since `bytes` does not know of their pages. What the driver still holds
 // for the dead is external too, so nobody is promised it before it is free.
 //
 // What is committed and may not be mapped yet makes the figure uncertain by so much. Then it only
 // moves as far as it is known to be wrong: more would promise those bytes twice, or to nobody.
-uint64_t Ledger::reading() const { return file_->header().adoptions.load(); }
-
 Status Ledger::set_device_used(int64_t bytes, std::optional<uint64_t> reading) {
   if (Status status = check_bytes(bytes, "the bytes in use"); !status.ok()) return status;
   Section section;

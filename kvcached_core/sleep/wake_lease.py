@@ -15,8 +15,6 @@ _LOOK_MS = 20
 
 CANNOT_WAKE = "kvcached cannot wake"
 """How the message of a :class:`WakeRefused` begins, in whatever an engine wraps it."""
-
-
 _WAKING = " waking"
 
 

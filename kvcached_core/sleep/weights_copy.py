@@ -20,7 +20,7 @@ class WeightsCopy:
 
     Engines with equal weights have one copy together: the first to sleep publishes it under the
     key, the next one finds it, compares every byte, and has beside it only what is not the same.
-    Some always is: a pool of weights has buffers in it that the engine writes to.  An engine whose
+    Some is once an engine has served: not all in a pool of weights is weights.  An engine whose
     weights are others after all has a copy of its own.
 
     Args:
@@ -51,9 +51,13 @@ class WeightsCopy:
         """What changed since, one piece after the other."""
 
     @property
+    def _files(self) -> list[HostFile]:
+        return [file for file in (self._file, self._changes) if file is not None]
+
+    @property
     def num_bytes(self) -> int:
         """Bytes on the host now."""
-        return sum(file.num_bytes for file in (self._file, self._changes) if file is not None)
+        return sum(file.num_bytes for file in self._files)
 
     @property
     def path(self) -> Path | None:
@@ -73,9 +77,8 @@ class WeightsCopy:
         """
         self._save(parts)
         if not self._resident:
-            for file in (self._file, self._changes):
-                if file is not None:
-                    file.let_go()
+            for file in self._files:
+                file.let_go()
 
     def _save(self, parts: Sequence[Part]) -> None:
         size = sum(part.num_bytes for part in parts)
@@ -136,15 +139,11 @@ class WeightsCopy:
 
     def drop(self) -> None:
         """Give up the copy."""
-        files, self._file, self._changes, self._changed = (
-            (self._file, self._changes),
-            None,
-            None,
-            [],
-        )
+        files = self._files
+        self._file = self._changes = None
+        self._changed = []
         for file in files:
-            if file is not None:
-                self._give_up(file)
+            self._give_up(file)
 
     def _give_up(self, file: HostFile) -> None:
         self._backend.finish_copies()
