@@ -551,6 +551,16 @@ class Member:
     def touch(self) -> None:
         """A step ran now."""
 
+    def calm(self) -> bool:
+        """Whether nobody wants anything of this member; lock-free, for every step.
+
+        None waits for memory, nothing is asked of it, and no policy or trim is new to it.
+        """
+
+    @property
+    def leased(self) -> int:
+        """Bytes; lock-free."""
+
     def ask(self) -> tuple[int, int]:
         """Bytes asked for now: of parked and cached ones, and beyond those (preempt)."""
 

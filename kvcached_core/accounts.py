@@ -133,6 +133,10 @@ class Accounts:
         """Whether another member of any ledger waits for memory."""
         return any(account.ledger.total_demand(account.member.slot) for account in self._accounts)
 
+    def calm(self) -> bool:
+        """Whether nobody wants anything of this engine, in any ledger; takes no lock."""
+        return all(account.member.calm() for account in self._accounts)
+
     def touch(self) -> None:
         """A step runs: this engine is not idle."""
         for account in self._accounts:

@@ -31,6 +31,10 @@ class LowWater:
         self._ends_at = now + self._period_s
         return aged
 
+    def dip(self, unused: int) -> None:
+        """As :meth:`observe`, between two looks at the clock."""
+        self._low = min(self._low, unused)
+
     def is_due(self, now: float) -> bool:
         """Whether a period has ended that :meth:`observe` has not seen end."""
         return self._ends_at is not None and now >= self._ends_at

@@ -64,6 +64,11 @@ class Demand:
         # At once: the engine may be about to preempt its own requests.
         self._post(_each(max, self._short, self._posted[0]), max(1, self._posted[1]))
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is short, or was of late, so that nothing is posted."""
+        return not self._short and self._since is None
+
     def end(self) -> bool:
         """The pass is over; post what it could not have. True if there was a shortage."""
         short, self._short = self._short, []

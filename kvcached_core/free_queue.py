@@ -96,11 +96,26 @@ class ElasticFreeQueue:
         """Used share of what this engine could have now, 0 to 1, without the null block.
 
         It reaches 1 exactly when nothing more can be admitted, whatever the
-        size of the virtual range.
+        size of the virtual range. What the ledgers could back is as of a few passes ago where
+        nobody is short of memory.
         """
         used = self.num_used_blocks - 1
-        reachable = used + self.num_free_blocks
+        reachable = used + self.num_ready + self._scheduler.growable_lately
         return used / reachable if reachable else 0.0
+
+    def lacks(self, num_blocks: int) -> bool:
+        """Whether fewer than ``num_blocks`` are free; the other members hear of it.
+
+        An engine asks this for each running request in every pass, so what the ledgers could back,
+        which takes some microseconds to learn, is looked at only where it decides.
+        """
+        if num_blocks <= 0:
+            return False
+        missing = num_blocks - self.num_ready
+        if missing <= 0 or missing <= self._scheduler.growable_blocks():
+            return False
+        self._scheduler.note_shortage(missing)
+        return True
 
     def ensure(self, num_blocks: int, computed: Sequence[Sequence[Any]] = ()) -> bool:
         """Make sure ``num_blocks`` can be taken now; lease and grow as needed.
@@ -114,6 +129,8 @@ class ElasticFreeQueue:
         Returns:
             True if they are there. False is a scheduling answer: not now.
         """
+        if num_blocks <= 0:
+            return True
         hits = sum(b.ref_cnt == 0 and not b.is_null for group in computed for b in group)
         wanted = num_blocks - hits
         missing = wanted - self._allocator.num_clean
@@ -121,17 +138,10 @@ class ElasticFreeQueue:
             self._scheduler.grow(missing)
         available = self.num_ready - hits
         if wanted > available:
-            self.note_shortage(wanted - available)
+            # What the ledgers could back is not this engine's yet: it waits for that too.
+            self._scheduler.note_shortage(wanted - available + self._scheduler.growable_blocks())
             return False
         return True
-
-    def note_shortage(self, num_blocks: int) -> None:
-        """The engine wants that many blocks more than are free: tell the others.
-
-        What the ledgers could back already counts as free, but is not this
-        engine's yet: it is part of what it waits for.
-        """
-        self._scheduler.note_shortage(num_blocks + self._scheduler.growable_blocks())
 
     # -- the engine's queue interface -----------------------------------------
 

@@ -72,7 +72,7 @@ class Pools(list[Pool]):
     def all_returning(self) -> list[int]:
         """Bytes given up that the workers have not released yet."""
         return [
-            max(0, account.member.info().leased - committed)
+            max(0, account.member.leased - committed)
             for account, committed in zip(self._accounts, self.committed(), strict=True)
         ]
 

@@ -8,6 +8,7 @@ sends anyway.  It never talks to a driver, so it needs no GPU context.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ from .plan import ArenaShape, StepOps
 from .pool import CachedBlocks, Pool, geometry_of
 from .pools import Pools
 from .stats import Stats
+from .told import Told
 from .usage import DeviceUsage
 from .watcher import Watcher
 
@@ -35,6 +37,11 @@ if TYPE_CHECKING:
 __all__ = ["CachedBlocks", "ElasticScheduler", "Pool", "geometry_of"]
 
 _USAGE_PERIOD_S = 0.1
+_LOOK_S = 0.1
+"""While nobody wants anything, how often a pass looks at all there is to see."""
+_TELL_S = 0.1
+"""How often metrics are told while requests run."""
+_NOTHING = StepOps([], [], [])
 _STARVED_PAUSE_MS = 2
 """How long an engine that could run nothing for want of memory waits for some."""
 _APART_PART = 3
@@ -109,7 +116,16 @@ class ElasticScheduler:
         """Whether memory is so plentiful in this pass that no two requests share a page: then all
         pages of a request are empty when it ends, however long its neighbours go on."""
         self._may_keep_apart = False
-        self._settling = False
+        self._quiet = False
+        self._quiet_until = -math.inf
+        self._plain = False
+        self._now = 0.0
+        self._counted = (0, 0)
+        self._growable = 0
+        self._limits_cache = False
+        self._attended = 0
+        self._busy = False
+        self._told_at = -math.inf
         self._watcher: Watcher | None = None
         self._running: Sequence[Request] = ()
         self._waiting: Sequence[Request] = ()
@@ -117,6 +133,7 @@ class ElasticScheduler:
         self.sleep: EngineSleep | None = None
         """Keeps the account while the engine's weights go and come."""
         self._demand = Demand(self.accounts, self.pools)
+        self._told = Told(self.accounts, self.pools)
         self._orders = Orders(self.accounts)
         self.acts = Acts(self.pools, self.counters)
         self.giving = Giving(self.accounts, self.pools, self.acts)
@@ -205,6 +222,12 @@ class ElasticScheduler:
         return self.pools[pool].affordable_blocks(self._demand.costs(others))
 
     @property
+    def growable_lately(self) -> int:
+        """The same of the first pool, from a few passes ago where nobody wants anything."""
+        quiet = time.monotonic() < self._quiet_until
+        return self._growable if quiet else self.growable_blocks()
+
+    @property
     def gives(self) -> bool:
         """Whether this pass gives memory back, and so can take none."""
         return self.pools.gives
@@ -214,7 +237,9 @@ class ElasticScheduler:
         if self.gives:
             return 0
         self.refresh_usage()
-        return self.acts.grow(pool, num_blocks)
+        came = self.acts.grow(pool, num_blocks)
+        self._growable = max(0, self._growable - came) if came == num_blocks else 0
+        return came
 
     def grow_apart(self, num_blocks: int, beside: int) -> None:
         """Have so many blocks on the page of the block ``beside`` and on pages of no request."""
@@ -244,6 +269,12 @@ class ElasticScheduler:
         self._running, self._waiting = running, waiting
         self._demand.begin(waiting)
         self.accounts.touch()
+        self._now = now = time.monotonic()
+        self._quiet = now < self._quiet_until and self.accounts.calm()
+        if self._quiet:
+            for pool in self.pools:
+                pool.keep_pages = 0
+            return 0
         unit = self.pools.unit
         trimmed, with_cache = self._orders.begin(
             unit.page_bytes, unit.accounts, self.pools.held_bytes()
@@ -253,14 +284,14 @@ class ElasticScheduler:
         self.pools.keep_for_next(running if self.contended or trimmed else ())
         if self.contended:
             # What finished requests left since the last pass must not be used again unseen.
-            self._publish_spare()
+            self._told.spare()
         asked, asked_running = self._bytes_asked()
         if asked_running:
             self.pools.keep_for_next(())  # requests are to go anyway
         elif asked and not self.contended:
             self.pools.keep_for_next(running)
         if asked and self._asked_since is None:
-            self._asked_since = time.monotonic()
+            self._asked_since = now
         preempt = 0
         if asked_running and self._passes - self._preempted_in >= _PREEMPTION_PAUSE:
             preempt = self._demand.last_requests(running, asked_running)
@@ -272,11 +303,16 @@ class ElasticScheduler:
         owed = max(asked + asked_running, trimmed)
         self.counters["reclaim_steps"] += owed > 0
         self.giving.owe(owed, of_caches=max(asked, trimmed if with_cache else 0))
+        self._growable = self.growable_blocks()
         self.apart = (
             self._may_keep_apart
             and not self.contended
-            and _APART_PART * self.growable_blocks() >= self.allocator.num_live
+            and _APART_PART * self._growable >= self.allocator.num_live
         )
+        self._limits_cache = any(limit is not None for limit in self._orders.cache_limits())
+        # Several pools have to be weighed against each other in every pass.
+        noisy = owed or self.contended or len(self.pools) > 1
+        self._quiet_until = -math.inf if noisy else now + _LOOK_S
         return preempt
 
     def give_all(self) -> StepOps:
@@ -301,13 +337,17 @@ class ElasticScheduler:
             scheduled_tokens: tokens the step runs; 0 if nothing could be scheduled.
             needed_blocks: clean blocks the step is still to take, of every pool.
         """
+        if self._quiet and self._plain and scheduled_tokens and not needed_blocks:
+            quiet = self._end_quietly()
+            if quiet is not None:
+                return quiet
         needed = [needed_blocks] if isinstance(needed_blocks, int) else needed_blocks
         needed_pages = [p.pages_for(n) for p, n in zip(self.pools, needed, strict=True)]
         for pool, pages in zip(self.pools, needed_pages, strict=True):
             pool.keep_pages = max(pool.keep_pages, pages)
             if pool.cache is not None:
                 pool.cache.sweep()
-        for index in range(len(self.pools)):
+        for index in range(len(self.pools)) if self._limits_cache else ():
             self.acts.keep(index, self._cache_bound(index))
         # What preempted requests left, then what nobody has used for long.
         self.giving.settle()
@@ -326,10 +366,41 @@ class ElasticScheduler:
             ahead, pool.commit = pool.commit, []
             ops.append(StepOps(commit, ahead, pool.decommit))
             pool.decommit = []
-        self._publish(gave)
+        self._told.all(gave)
+        # After that: another thread acknowledges trims that count as done.
+        self._orders.finish()
+        self.accounts.count(self.counters)
+        if self._asked_since is not None and not self._told.settling:
+            self.accounts.time("reclaim", now - self._asked_since)
+            self._asked_since = None
+        self._busy = scheduled_tokens > 0
+        self._plain = (
+            not self._limits_cache and not self._told.settling and self._asked_since is None
+        )
         if short and not scheduled_tokens and not gave:
             self._bell.wait(_STARVED_PAUSE_MS)
-        return replace(ops[0], others=tuple(ops[1:]))
+        return replace(ops[0], others=tuple(ops[1:])) if len(ops) > 1 else ops[0]
+
+    def _end_quietly(self) -> StepOps | None:
+        """The end of a pass in which nobody wants anything: only what its own blocks bring about.
+
+        None where there is more to do, after all.
+        """
+        pool = self.pools[0]
+        if not self._demand.idle or pool.decommit or pool.decay.is_due(self._now):
+            return None
+        self._busy = True
+        counted = (pool.allocator.num_live, pool.allocator.num_clean)
+        if counted == self._counted and not pool.commit:
+            return _NOTHING
+        self._counted = counted
+        pool.decay.dip(max(0, pool.allocator.parked_pages - self._parked_pages(pool)))
+        commit, pool.commit = pool.commit, []
+        self._forecasts[0].observe(self.apart)
+        self._commit_ahead(0, 0, mapping=bool(commit))
+        ahead, pool.commit = pool.commit, []
+        self._told.spare()
+        return StepOps(commit, ahead, [])
 
     def _parked_pages(self, pool: Pool) -> int:
         return pool.pages_in(self._parked_bytes // len(self.pools))
@@ -374,7 +445,11 @@ class ElasticScheduler:
         Safe to call from another thread, as :meth:`wants_step` is.
         """
         self.refresh_usage()
-        self._orders.acknowledge(self._caches_fit(), self._settling)
+        before, self._attended = self._attended, self._passes
+        quiet = self._quiet and not self._limits_cache
+        if before != self._attended and quiet and self.accounts.calm():
+            return False  # it runs: what is to be done its passes do
+        self._orders.acknowledge(self._caches_fit(), self._told.settling)
         return self.wants_step()
 
     def wants_step(self) -> bool:
@@ -384,7 +459,7 @@ class ElasticScheduler:
         """
         if any(pool.commit for pool in self.pools):
             return True
-        if self._settling and not any(self.pools.all_returning()):
+        if self._told.settling and not any(self.pools.all_returning()):
             return True  # so that the engine's metrics tell what the workers have released
         now = time.monotonic()
         for pool in self.pools:
@@ -410,33 +485,20 @@ class ElasticScheduler:
             if usage is not None:
                 usage.publish(account.ledger)
 
-    def _publish_spare(self) -> None:
-        sums = zip(self.accounts, self.pools.spare(), self.pools.cached(), strict=True)
-        for account, parked, cached in sums:
-            account.member.set_parked(parked)
-            account.member.set_cached(cached)
-
-    def _publish(self, gave: bool) -> None:
-        self._publish_spare()
-        settling = gave
-        for account, returning in zip(self.accounts, self.pools.all_returning(), strict=True):
-            settling = settling or returning > 0
-            account.member.set_returning(returning)
-        # At once, and before the trims count as done: another thread acknowledges them.
-        self._settling = settling
-        self._orders.finish()
-        self.accounts.count(self.counters)
-        if self._asked_since is not None and not settling:
-            self.accounts.time("reclaim", time.monotonic() - self._asked_since)
-            self._asked_since = None
-
-    def stats(self) -> dict[str, float | list[float]]:
+    def stats(self) -> dict[str, float | list[float]] | None:
         """For the engine's metrics: bytes over all ledgers, counts since start, and the times
-        since the last call that :data:`~kvcached_core.metrics.HISTOGRAMS` names.
+        since the last call that :data:`~kvcached_core.metrics.HISTOGRAMS` names. None where it was
+        asked for a moment ago and requests run.
         """
+        now = time.monotonic()
+        if self._busy and now - self._told_at < _TELL_S:
+            return None
+        self._told_at = now
         counted = {name: float(value) for name, value in self.counters.items()}
         counted["waiting_requests"] = float(self._demand.waiting)
-        return self._stats.read() | counted
+        told: dict[str, float | list[float]] = self._stats.read()
+        told.update(counted)
+        return told
 
     def pause(self, timeout_ms: int) -> None:
         """Return at the next news of the ledger, or after that long."""

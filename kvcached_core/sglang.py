@@ -403,7 +403,8 @@ class SglangRank:
         self._heard, self._looked_at = bell, now
         if self._metrics is not None and now - self._exported_at >= _METRICS_S:
             self._exported_at = now
-            self._metrics.update(scheduler.stats())
+            if (told := scheduler.stats()) is not None:
+                self._metrics.update(told)
         return scheduler.attend()
 
     def pause(self) -> bool:

@@ -211,6 +211,12 @@ void bind_member(nb::module_& m) {
       .def("set_unmapped", setter(&Member::set_unmapped), "bytes"_a,
            "Of what is committed, bytes about to be mapped: the driver may count them or not.")
       .def("touch", [](Member& self) { check(self.touch()); })
+      .def("calm",
+           [](Member& self) { return checked<bool>([&](bool& out) { return self.calm(out); }); })
+      .def_prop_ro("leased",
+                   [](Member& self) {
+                     return checked<uint64_t>([&](uint64_t& out) { return self.leased(out); });
+                   })
       .def("claimable",
            [](Member& self) {
              return checked<uint64_t>([&](uint64_t& out) { return self.claimable(out); });

@@ -227,6 +227,29 @@ Status Member::touch() {
   return {};
 }
 
+Status Member::calm(bool& out) {
+  Wait wait;
+  std::shared_lock staying(leaving_, std::defer_lock);
+  if (Status status = stay(wait, staying); !status.ok()) return status;
+  const Slot& own = file_->slot(index_);
+  out = own.asked.load() == 0 && own.asked_running.load() == 0 &&
+        own.trim_version.load() == own.trim_done.load() &&
+        own.desired_version.load() == own.observed_version.load();
+  for (int index = 0; out && index < kSlots; ++index) {
+    const Slot& slot = file_->slot(index);
+    out = index == index_ || slot.generation.load() == 0 || slot.demand.load() == 0;
+  }
+  return {};
+}
+
+Status Member::leased(uint64_t& bytes) {
+  Wait wait;
+  std::shared_lock staying(leaving_, std::defer_lock);
+  if (Status status = stay(wait, staying); !status.ok()) return status;
+  bytes = file_->slot(index_).leased.load();
+  return {};
+}
+
 // Under steady load it is zero and stays zero, and then costs no lock.
 Status Member::set_demand(int64_t bytes, int64_t waiting) {
   if (Status status = check_bytes(bytes, "demand"); !status.ok()) return status;

@@ -402,6 +402,57 @@ TEST_CASE("a trim waits for its member") {
   CHECK(a->trim(m->slot(), 99, -1, false, version).code == Code::lost);
 }
 
+TEST_CASE("calm is who nobody wants anything of") {
+  const TempDir dir;
+  auto ledger = open_ledger(dir.ledger(), 1000);
+  auto holder = join(*ledger, "holder");
+  auto other = join(*ledger, "other");
+  const auto calm = [](Member& member) {
+    bool out = false;
+    REQUIRE(member.calm(out).ok());
+    return out;
+  };
+  bool granted = false;
+  uint64_t bytes = 0;
+  REQUIRE(holder->lease(1000, granted).ok());
+  REQUIRE(holder->leased(bytes).ok());
+  CHECK(bytes == 1000);
+  REQUIRE(holder->set_parked(400).ok());
+  CHECK(calm(*holder));
+
+  // Its own demand is no claim on a member.
+  REQUIRE(other->set_demand(100).ok());
+  CHECK_FALSE(calm(*holder));
+  CHECK(calm(*other));
+  CHECK(ask(*holder).first == 100);
+  REQUIRE(other->set_demand(0).ok());
+  CHECK(calm(*holder));
+
+  // What others take of the device is asked back without anybody's demand.
+  REQUIRE(ledger->set_device_used(300).ok());
+  CHECK_FALSE(calm(*holder));
+  REQUIRE(ledger->set_device_used(0).ok());
+  CHECK(calm(*holder));
+
+  uint64_t version = 0;
+  REQUIRE(ledger->trim(holder->slot(), holder->generation(), 10, false, version).ok());
+  CHECK_FALSE(calm(*holder));
+  REQUIRE(holder->trim_done(version).ok());
+  CHECK(calm(*holder));
+
+  PolicyChange change;
+  change.weight = 50;
+  REQUIRE(ledger->set_policy(holder->slot(), holder->generation(), change, version).ok());
+  CHECK_FALSE(calm(*holder));
+  REQUIRE(holder->observe(version).ok());
+  CHECK(calm(*holder));
+
+  REQUIRE(holder->leave().ok());
+  bool out = false;
+  CHECK(holder->calm(out).code == Code::lost);
+  CHECK(holder->leased(bytes).code == Code::lost);
+}
+
 TEST_CASE("bytes that come back ring for those who wait, whoever they come from") {
   const TempDir dir;
   auto a = open_ledger(dir.ledger(), 1000);

@@ -223,9 +223,8 @@ def test_a_large_request_gets_what_it_lacks_and_what_is_free(ledger: Ledger, fre
     for _ in range(10):
         engine.scheduler.begin_pass()
         # As the engine asks before it admits a request: all of it, or nothing is taken.
-        if engine.queue.num_free_blocks >= 40:
+        if not engine.queue.lacks(40):
             break
-        engine.queue.note_shortage(40 - engine.queue.num_free_blocks)
         engine.finish()
         idle.apply()
     assert engine.take(40) is not None

@@ -67,6 +67,30 @@ def test_free_blocks_count_what_the_ledger_can_back(ledger: Ledger) -> None:
     assert first.queue.num_used_blocks == 43
 
 
+def test_blocks_that_are_there_cost_no_look_at_the_ledger(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine asks for every running request in every pass."""
+    engine = Engine(ledger, 1000, PAGE)
+    held = engine.take(10)
+    assert held is not None
+    engine.free(held)
+    looks = []
+    ask = engine.scheduler.growable_blocks
+
+    def counted(*args: object) -> int:
+        looks.append(args)
+        return ask()
+
+    monkeypatch.setattr(engine.scheduler, "growable_blocks", counted)
+    for wanted in (0, 1, 10):
+        assert not engine.queue.lacks(wanted)
+        assert engine.queue.ensure(wanted)
+    assert looks == []
+    assert not engine.queue.lacks(63) and len(looks) == 1
+    assert engine.queue.lacks(64) and ledger.total_demand() == 54 * PAGE
+
+
 def test_cached_blocks_are_evicted_only_when_nothing_can_be_committed(ledger: Ledger) -> None:
     engine = Engine(ledger, 1000, PAGE)
     held = engine.take(50)

@@ -150,6 +150,11 @@ class Member {
   // adopted, they may be in the driver's figure or not.
   Status set_unmapped(int64_t bytes);
   Status touch();  // a step ran now
+  // Whether nobody wants anything of this member: none waits for memory, nothing is asked of it,
+  // and no policy or trim is new to it. Lock-free, for what runs in every step; what expires or is
+  // worked out anew is seen by ask alone.
+  Status calm(bool& out);
+  Status leased(uint64_t& bytes);  // lock-free
 
   // What this member is asked to give back, worked out anew: of parked and cached bytes, and
   // beyond those. An ask that brings nothing back for 1 s is withdrawn for 3 s and put to
