@@ -81,7 +81,7 @@ class Config(BaseModel):
     headroom: Bytes | None = None
     """Bytes of a GPU never leased; ``None`` takes 512 MiB on a GPU, 0 on the host."""
     parked: Bytes | None = None
-    """Freed bytes an idle engine keeps mapped; ``None`` takes ``commit_ahead``."""
+    """Freed bytes an idle engine keeps mapped; ``None``: three quarters of ``commit_ahead``."""
     parked_decay_ms: int = Field(default=2000, ge=0)
     """How long freed pages beyond ``parked`` stay unused before they are given back."""
     commit_ahead: Bytes | None = None

@@ -126,7 +126,7 @@ def join(
             used[0].num_blocks,
             distinct,
             list(accounts.values()),
-            parked_bytes=ahead if config.parked is None else config.parked,
+            parked_bytes=ahead * 3 // 4 if config.parked is None else config.parked,
             ahead_bytes=ahead,
             decay_s=config.parked_decay_ms / 1000,
             usages=list(usages.values()),
