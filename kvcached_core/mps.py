@@ -8,6 +8,7 @@ else started has other pipes and is never spoken to, and no setting of the GPU i
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +32,7 @@ _PIPES = "CUDA_MPS_PIPE_DIRECTORY"
 _LOGS = "CUDA_MPS_LOG_DIRECTORY"
 _SHARE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 _MEMORY = "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
+_CLIENTS = ("CUDA_MPS_", "CUDA_VISIBLE_DEVICES")
 # Where drivers that were not installed by the distribution keep their programs.
 _MORE_PLACES = ("/usr/bin", "/usr/local/nvidia/bin", "/usr/local/bin")
 # A unix socket's name has 107 characters; the longest in the pipe directory takes about 20.
@@ -142,12 +144,33 @@ class Mps:
             MpsError: MPS cannot run here, or did not start.
         """
         binary = require_possible()
-        pid = self.pid()
-        if pid is not None:
-            return pid
         self._make_directories()
-        # The client's settings of whoever starts the daemon would become everybody's defaults.
-        env = {key: v for key, v in os.environ.items() if not key.startswith("CUDA_MPS_")}
+        with self._alone(timeout_s):
+            pid = self.pid()
+            return pid if pid is not None else self._launch(binary, timeout_s)
+
+    @contextlib.contextmanager
+    def _alone(self, timeout_s: float) -> Iterator[None]:
+        # What starts the daemon looks like the daemon until it has ended.
+        end = time.monotonic() + timeout_s
+        with (self.directory / "start.lock").open("w") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= end:
+                        raise MpsError(
+                            f"somebody else has been starting the daemon of {self.directory} for "
+                            f"{timeout_s:g} s; look at the logs in {self.log}"
+                        ) from None
+                    time.sleep(0.02)
+            yield
+
+    def _launch(self, binary: str, timeout_s: float) -> int:
+        # The client's settings of whoever starts the daemon would become everybody's defaults, and
+        # the GPUs it sees would be all that anybody has, numbered anew.
+        env = {key: v for key, v in os.environ.items() if not key.startswith(_CLIENTS)}
         output = self.log / "start.log"
         with output.open("wb") as out:
             done = subprocess.run(
@@ -160,7 +183,7 @@ class Mps:
                 check=False,
                 start_new_session=True,
             )
-        # Refused because somebody else has just started it, it is there soon, too.
+        # Refused because one was started without us, it is there soon, too.
         end = time.monotonic() + (timeout_s if done.returncode == 0 else min(timeout_s, _RACE_S))
         while time.monotonic() < end:
             pid = self.pid()

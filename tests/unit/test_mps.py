@@ -87,8 +87,10 @@ def test_settings_of_whoever_starts_it_do_not_reach_the_daemon(
     fake: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "10")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     pid = Mps(directory).start()
-    assert b"THREAD_PERCENTAGE" not in (Path("/proc") / str(pid) / "environ").read_bytes()
+    environ = (Path("/proc") / str(pid) / "environ").read_bytes()
+    assert b"THREAD_PERCENTAGE" not in environ and b"VISIBLE_DEVICES" not in environ
 
 
 def test_a_killed_daemon_is_seen_as_such(fake: Path, directory: Path) -> None:
@@ -140,14 +142,18 @@ def test_daemons_of_others_are_left_alone(fake: Path, directory: Path) -> None:
 def test_clients_are_shown_and_keep_it_running(fake: Path, directory: Path) -> None:
     mps = Mps(directory)
     pid = mps.start()
-    clients(mps, {4_000_000: [os.getpid(), 4_000_001]})
-    (server,) = mps.status().servers
-    assert (server.pid, server.state) == (4_000_000, "ACTIVE")
-    assert list(server.clients) == [os.getpid(), 4_000_001]
-    assert "python" in server.clients[os.getpid()]
-    assert server.clients[4_000_001] == ""
-    with pytest.raises(MpsError, match=f"in use by {os.getpid()}.*--force"):
-        mps.stop()
+    with subprocess.Popen(["sleep", "600"]) as client:
+        try:
+            clients(mps, {4_000_000: [client.pid, 4_000_001]})
+            (server,) = mps.status().servers
+            assert (server.pid, server.state) == (4_000_000, "ACTIVE")
+            assert list(server.clients) == [client.pid, 4_000_001]
+            assert "sleep" in server.clients[client.pid]
+            assert server.clients[4_000_001] == ""
+            with pytest.raises(MpsError, match=f"in use by {client.pid}.*--force"):
+                mps.stop()
+        finally:
+            client.kill()
     assert lives(pid)
     assert mps.stop(force=True)
     assert not lives(pid)
