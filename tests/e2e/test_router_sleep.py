@@ -20,7 +20,7 @@ from tests.support.waiting import until
 pytestmark = pytest.mark.timeout(300)
 
 
-def _model(name: str, models: Models, folder: Path, capacity: int, **sleep: str) -> dict[str, Any]:
+def _model(name: str, models: Models, folder: Path, capacity: int, **sleep: Any) -> dict[str, Any]:
     env = engine_environment(
         "patched",
         elastic_env(
@@ -40,14 +40,15 @@ def _model(name: str, models: Models, folder: Path, capacity: int, **sleep: str)
 
 def test_a_model_sleeps_and_wakes_in_its_process(models: Models, tmp_path: Path) -> None:
     ledger_dir = tmp_path / "ledger"
-    settings = {
-        "gpus": {"0": {}},
-        "models": [_model("alpha", models, tmp_path, 64 * MIB, after="2s")],
-    }
+    model_settings = _model("alpha", models, tmp_path, 64 * MIB, after="2s")
+    settings = {"gpus": {"0": {}}, "models": [model_settings]}
 
     def alpha() -> Any:
         found = Ledger(ledger_path(ledger_dir)).members()
         return next(member for member in found if member.name == "alpha")
+
+    def loads() -> int:
+        return (tmp_path / "alpha.log").read_text().count("shards: 100% Completed")
 
     async def main() -> None:
         async with site(tmp_path, settings) as s:
@@ -68,6 +69,11 @@ def test_a_model_sleeps_and_wakes_in_its_process(models: Models, tmp_path: Path)
                 said |= {answer.json()["choices"][0]["text"] for answer in answers}
                 assert model.wakes == cycle
                 assert alpha().static_bytes > 0
+                # The first time its weights were kept, the second time they were dropped: it loads
+                # them once, not for the router and again by itself.
+                assert loads() == cycle
+                model_settings["sleep"]["level"] = 2
+                s.reconfigure(settings)
                 await until(lambda: model.state == "asleep")
                 assert alpha().static_bytes == 0
             assert len(said) == 1, "the same answers after each sleep"
