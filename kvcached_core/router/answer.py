@@ -44,6 +44,8 @@ class Call:
     headers: RawHeaders
     prompt: Prompt
     arrived: float = field(default_factory=time.monotonic)
+    waited: float = 0.0
+    """Seconds that its attempts have been in the queue."""
 
 
 @dataclass(slots=True)
@@ -128,12 +130,13 @@ async def _turn(
 ) -> Replica:
     """Wait until the model is awake and a replica has room, both of which the stack gives up."""
     settings = model.settings
-    end = call.arrived + settings.queue.timeout
+    began = time.monotonic()
     due = call.arrived + (settings.ttft or settings.queue.timeout)
     work = call.prompt.tokens / settings.prefill_rate
     with model.queued():
         try:
-            with anyio.fail_after(end - time.monotonic()):
+            # What engines that broke down have taken is no time in the queue.
+            with anyio.fail_after(settings.queue.timeout - call.waited):
                 await model.ready()
                 replica = model.choose(call.prompt, tried)
                 stack.enter_context(replica.loaded())
@@ -145,7 +148,9 @@ async def _turn(
                 "queue_timeout",
                 settings.queue.timeout / 4,
             ) from None
-    metrics.queue_time.labels(model.name).observe(time.monotonic() - call.arrived)
+    waited = time.monotonic() - began
+    call.waited += waited
+    metrics.queue_time.labels(model.name).observe(waited)
     return replica
 
 

@@ -17,6 +17,7 @@ from starlette.routing import Route
 from . import page
 from .errors import ApiError
 from .front import Forward
+from .headers import REQUEST_ID
 from .memory import Memory
 from .middleware import Authentication, RequestIds
 from .operate import Operations
@@ -38,11 +39,14 @@ def make_app(router: Router) -> Starlette:
             await router.stop()
 
     forward = Forward(router)
+    memory = Memory(
+        lambda: router.settings.ledger_dir, lambda: router.settings.limits, router.bodies
+    )
     return Starlette(
         routes=[
             *(Route(path, forward, methods=["POST"]) for path in FORWARDED),
             *Operations(router).routes(),
-            *Memory(lambda: router.settings.ledger_dir).routes(),
+            *memory.routes(),
             *page.routes(),
         ],
         middleware=[Middleware(RequestIds), Middleware(Authentication, router=router)],
@@ -69,11 +73,14 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return response
 
 
-async def _unforeseen(_: Request, error: Exception) -> Response:
+async def _unforeseen(request: Request, error: Exception) -> Response:
     # Starlette raises it again after this, so that the server logs it.
-    return _response(
+    response = _response(
         ApiError(500, "the router failed; its log says how", "internal_error", "internal_error")
     )
+    # This is answered outside of what gives the others their id.
+    response.headers[REQUEST_ID.decode()] = request.scope["state"]["request_id"]
+    return response
 
 
 def _response(error: ApiError) -> Response:

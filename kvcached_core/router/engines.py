@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 
+import anyio
 import httpx
 
 from .settings import ReplicaSettings
@@ -76,11 +77,15 @@ class _HttpEngine(Engine):
         json: object = None,
         remedy: str = "",
     ) -> httpx.Response:
+        if self._client.is_closed:
+            raise EngineError(f"{self._client.base_url} was taken out of the configuration")
         try:
-            response = await self._client.request(
-                method, path, params=params, json=json, timeout=timeout
-            )
-        except httpx.HTTPError as error:
+            # httpx counts the time for each piece of an answer anew.
+            with anyio.fail_after(timeout):
+                response = await self._client.request(
+                    method, path, params=params, json=json, timeout=timeout
+                )
+        except (httpx.HTTPError, TimeoutError) as error:
             reason = str(error) or type(error).__name__
             raise EngineError(f"{self._client.base_url}: {method} {path}: {reason}") from None
         if response.status_code == 404 and remedy:

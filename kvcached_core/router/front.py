@@ -77,15 +77,18 @@ class Forward:
         label = UNKNOWN
         gone = False
         try:
-            prompt = parse(await read_body(scope, receive, settings.limits))
-            model = self._router.model(prompt.model)
-            label = model.name
-            span.set_attribute("gen_ai.request.model", label)
-            await self._while_connected(
-                receive, lambda: self._serve(scope, model, prompt, out, arrived)
-            )
+            with self._router.bodies.share() as share:
+                parsed = parse(await read_body(scope, receive, settings.limits, share))
+                model = self._router.model(parsed.model)
+                prompt = parsed.reduced(model.prefix_bytes)
+                del parsed
+                label = model.name
+                span.set_attribute("gen_ai.request.model", label)
+                await self._while_connected(
+                    receive, lambda: self._serve(scope, model, prompt, out, arrived)
+                )
         except ApiError as error:
-            await _refuse(out, error)
+            gone = not await _refuse(out, error)
         except Disconnected:
             gone = not out.complete
         metrics = self._router.metrics
@@ -180,8 +183,14 @@ class Forward:
                 await out.body(b"data: " + failure.body + b"\n\n", more=True)
 
 
-async def _refuse(out: _Downstream, error: ApiError) -> None:
+async def _refuse(out: _Downstream, error: ApiError) -> bool:
+    """Answer with an error unless an answer has begun; whether the client is still there."""
     if out.status:
-        return
-    await out.start(error.status, [*error.headers, (b"content-length", b"%d" % len(error.body))])
-    await out.body(error.body, more=False)
+        return True
+    length = (b"content-length", b"%d" % len(error.body))
+    try:
+        await out.start(error.status, [*error.headers, length])
+        await out.body(error.body, more=False)
+    except Disconnected:
+        return False
+    return True

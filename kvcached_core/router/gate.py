@@ -55,6 +55,11 @@ class Gate:
         return len(self._waiting)
 
     @property
+    def busy(self) -> bool:
+        """Whether anybody runs or waits."""
+        return bool(self.running or self._waiting)
+
+    @property
     def has_room(self) -> bool:
         """Whether a request would be let through at once."""
         return not self._waiting and self.running < self._settings.max_running

@@ -23,7 +23,9 @@ from ..cli.frames import Ledgers
 from ..cli.policy import SIZES, change, trim
 from ..cli.select import pick
 from ..units import Amount
+from .body import Bodies, Disconnected, read_body
 from .errors import ApiError
+from .settings import LimitSettings
 
 _BODY = 4096
 _ACKNOWLEDGE_S = 10.0
@@ -46,8 +48,12 @@ class Order(BaseModel):
 class Memory:
     """The handlers. Ledgers are files that are read in threads, one at a time."""
 
-    def __init__(self, directory: Callable[[], Path]) -> None:
+    def __init__(
+        self, directory: Callable[[], Path], limits: Callable[[], LimitSettings], bodies: Bodies
+    ) -> None:
         self._directory = directory
+        self._limits = limits
+        self._bodies = bodies
         self._lock = threading.Lock()
         self._ledgers: Ledgers | None = None
 
@@ -64,13 +70,14 @@ class Memory:
 
     async def act(self, request: Request) -> Response:
         """Do what an :class:`Order` says, and wait until the member has complied."""
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > _BODY:
-                raise ApiError(413, "an order is one small JSON object: send less")
+        limits = self._limits().model_copy(update={"body": _BODY})
         try:
-            order = Order.model_validate(json.loads(bytes(body)))
+            with self._bodies.share() as share:
+                body = await read_body(request.scope, request.receive, limits, share)
+        except Disconnected:
+            return Response(status_code=400)  # which nobody reads
+        try:
+            order = Order.model_validate(json.loads(body))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the order"

@@ -9,7 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from .model import Model, State
+from .model import Model
+from .states import State
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PREFIX = "kvcached_router_"
@@ -35,7 +36,9 @@ class Metrics:
         self.missed = self._counter(
             "objective_missed", "Requests whose first byte came after the objective for it"
         )
-        self.queue_time = self._times("queue_seconds", "From arrival to a replica, wake included")
+        self.queue_time = self._times(
+            "queue_seconds", "An attempt's wait for a replica, wake included"
+        )
         self.first_byte = self._times("first_byte_seconds", "From arrival to the first byte")
         self.duration = self._times("request_seconds", "From arrival to the end of the answer")
         self._registry.register(_States(models, faults))

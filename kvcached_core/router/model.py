@@ -8,7 +8,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Collection, Coroutine, Iterator, Sequence
-from enum import Enum
 from typing import Any
 
 from . import tracing
@@ -18,27 +17,10 @@ from .errors import ApiError, unavailable
 from .prompt import Prompt
 from .replica import Replica
 from .settings import ModelSettings
+from .states import Busy, State
 from .traffic import Traffic
 
 log = logging.getLogger(__name__)
-
-
-class State(str, Enum):
-    """Of a model as a whole."""
-
-    ACTIVE = "active"
-    STARTING = "starting"
-    """Its engines are launched, or again after they ended."""
-    ASLEEP = "asleep"
-    WAKING = "waking"
-    SLEEPING = "sleeping"
-    """On the way to asleep."""
-    FAILED = "failed"
-    """The last attempt to wake it failed, or no replica is healthy."""
-
-
-class Busy(Exception):
-    """A model is not put to sleep now; the message says why."""
 
 
 class Model:
@@ -134,15 +116,24 @@ class Model:
             replica.available and replica.gate.has_room for replica in self.replicas
         )
 
-    async def ready(self) -> None:
+    async def ready(self, *, patient: bool = True) -> None:
         """Return when it is active, having woken it if need be: once, for all who wait.
+
+        Args:
+            patient: also wait while engines crash and are started again.
 
         Raises:
             ApiError: it failed to wake (status 503).
         """
+        before = {replica: replica.crashes for replica in self.replicas}
         while True:
             state = self.state
             if state is State.STARTING:
+                coming = [replica for replica in self.replicas if replica.coming]
+                if not patient and all(r.crashes > before.get(r, 0) for r in coming):
+                    raise unavailable(
+                        f"{self.obstacle}; it is started again by itself", "not_started", 5
+                    )
                 await self._changed.wait()
                 continue
             if self._state is State.ACTIVE and not self._sleeps_on:
@@ -154,6 +145,11 @@ class Model:
             await self.settled()
             if self._state is State.FAILED:
                 raise self._not_woken()
+
+    @property
+    def prefix_bytes(self) -> int:
+        """How much of a prompt's beginning it is told for its choice of a replica."""
+        return self.settings.prefix_bytes if self.settings.routing == "prefix" else 0
 
     @property
     def _sleeps_on(self) -> bool:
@@ -219,12 +215,12 @@ class Model:
         """Wake it without regard to its minimum of sleep.
 
         Raises:
-            ApiError: it failed to (status 503).
+            ApiError: it failed to, or its engines crashed as they started (status 503).
         """
         self._hurry.set()
         self._retry_at = 0.0
         try:
-            await self.ready()
+            await self.ready(patient=False)
         finally:
             self._hurry.clear()
 
@@ -237,8 +233,12 @@ class Model:
 
         self._ask_s = timeout
 
+        async def one(replica: Replica) -> None:
+            async with replica.changing:
+                await self._ask(replica)
+
         async def ask() -> None:
-            await asyncio.gather(*(self._ask(replica) for replica in self.replicas))
+            await asyncio.gather(*map(one, self.replicas))
             if all(replica.asleep for replica in self.replicas):
                 self._fell_asleep()
             else:
@@ -379,12 +379,14 @@ class Model:
         """See to it that a replica is awake; whether it slept."""
         if replica.asleep is None:
             await self._ask(replica)
-        if replica.awake:
-            return False
-        level = replica.level or self.settings.sleep.level
-        await replica.engine.wake(level, self.settings.sleep.timeout)
-        replica.asleep = False
-        return True
+        slept = not replica.awake
+        if slept:
+            level = replica.level or self.settings.sleep.level
+            await replica.engine.wake(level, self.settings.sleep.timeout)
+            replica.asleep = False
+        # Others of the model may be starting, and whoever waits for those needs not any more.
+        self.note_change()
+        return slept
 
 
 def _first_problem(results: Sequence[object]) -> str | None:

@@ -77,7 +77,7 @@ _GET: dict[str, tuple[str, list[dict[str, Any]]]] = {
 }
 _POST = {
     "/action/sleep/{model}": "Put a model to sleep; 409 if it has requests",
-    "/action/wakeup/{model}": "Wake a model",
+    "/action/wakeup/{model}": "Wake a model; 503 if it does not wake",
     "/admin/reload": "Read the configuration again",
 }
 

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+import anyio
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -19,10 +20,11 @@ from starlette.routing import Route
 from ..config import ConfigError
 from .errors import ApiError
 from .metrics import CONTENT_TYPE
-from .model import Busy, Model, State
+from .model import Model
 from .openapi import describe
 from .replica import Replica
 from .router import Router
+from .states import Busy, State
 from .traffic import LONGEST_WINDOW_S
 
 _WINDOW_S = 60.0
@@ -235,11 +237,21 @@ class Operations:
         return _outcome(model, True, f"{model.name} is asleep", 200)
 
     async def wake(self, request: Request) -> Response:
+        """503 if it does not wake, or its engines crash as they start."""
         model = self._model(request)
+        limit = self._router.settings.limits.request_time
         try:
-            await model.wake()
+            with anyio.fail_after(limit):
+                await model.wake()
         except ApiError as error:
-            return _outcome(model, False, error.message, error.status)
+            response = _outcome(model, False, error.message, error.status)
+            response.headers.update(
+                {name.decode(): value.decode() for name, value in error.headers}
+            )
+            return response
+        except TimeoutError:
+            said = f"{model.name} was not active within {limit:g} s; it is waited for no longer"
+            return _outcome(model, False, said, 504)
         return _outcome(model, True, f"{model.name} is active", 200)
 
     async def reload(self, _: Request) -> Response:

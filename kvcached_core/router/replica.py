@@ -60,7 +60,7 @@ class Replica:
         self.on_change: Callable[[], None] = lambda: None
         """Called when it may have become available, or ceased to be."""
         self.changing = asyncio.Lock()
-        """Held while it is put to sleep or woken."""
+        """Held while it is put to sleep or woken, or asked which it is."""
         self.problem = ""
         """Why it is left out."""
         # What is asked beside requests.
@@ -123,6 +123,11 @@ class Replica:
     def down(self) -> bool:
         """Whether its process is the router's to start, and was not asked to run."""
         return self.supervisor is not None and not self.supervisor.wanted
+
+    @property
+    def crashes(self) -> int:
+        """How often its process ended by itself, if the router runs that."""
+        return 0 if self.supervisor is None else self.supervisor.crashes
 
     @property
     def usable(self) -> bool:
@@ -189,20 +194,32 @@ class Replica:
             self.on_change()
 
     async def look(self, health: HealthSettings) -> None:
-        """Probe it once, unless its process says all there is to know."""
-        if self.supervisor is not None and not self.supervisor.ready:
-            return
+        """Probe it once, unless that is its supervisor's task."""
+        if self.supervisor is None:
+            with contextlib.suppress(EngineError):
+                await self.probe(health, health.timeout)
+
+    async def probe(self, health: HealthSettings, timeout: float) -> None:
+        """Ask it whether it is well, and note the answer.
+
+        Args:
+            health: how many that fail in a row leave it out.
+            timeout: seconds for it to answer.
+
+        Raises:
+            EngineError: it is not.
+        """
         try:
-            await self.engine.check(health.timeout, asleep=not self.awake)
+            await self.engine.check(timeout, asleep=not self.awake)
         except EngineError as error:
             self._count(str(error), health.failures)
-        else:
-            self.succeeded()
+            raise
+        self.succeeded()
 
-    async def pause(self, health: HealthSettings) -> None:
-        """Wait until the next probe is due: at once after a request failed."""
+    async def pause(self, interval: float) -> None:
+        """Wait until the next probe is due, in seconds: at once after a request failed."""
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._look_now.wait(), health.interval)
+            await asyncio.wait_for(self._look_now.wait(), interval)
         self._look_now.clear()
 
     @property
@@ -214,5 +231,7 @@ class Replica:
         """End its process, if the router runs it, and the connections."""
         if self.supervisor is not None:
             await self.supervisor.stop("it is taken away")
-        await self._control.aclose()
-        await self._session.close()
+        # Not in the middle of falling asleep, or of a question: that would be taken for a failure.
+        async with self.changing:
+            await self._control.aclose()
+            await self._session.close()

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ..cli.frames import Ledgers
 from ..sleep.wake_lease import is_waking
-from .model import Busy, Model, State
+from .model import Model
+from .states import Busy, State
 
 log = logging.getLogger(__name__)
 _LOOK_S = 0.1

@@ -11,6 +11,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from ..config import ConfigError
+from .body import Bodies
 from .engines import EngineError
 from .errors import ApiError
 from .gate import Gate
@@ -19,10 +20,11 @@ from .launch.launcher import Launcher
 from .launch.mps_guard import MpsGuard
 from .loading import Loaded, load
 from .metrics import Metrics
-from .model import Busy, Model
+from .model import Model
 from .replica import Replica
 from .room import Room
 from .settings import GpuSettings, ModelSettings, RouterSettings
+from .states import Busy
 
 log = logging.getLogger(__name__)
 _IDLE_LOOK_S = 1.0
@@ -42,6 +44,7 @@ class Router:
         self.metrics = Metrics(lambda: self.models.values(), lambda: guard.faults)
         self._launcher = Launcher(lambda: self.settings, guard)
         self._room = Room(lambda: self.models.values(), lambda: self.settings.ledger_dir)
+        self.bodies = Bodies(lambda: self.settings.limits)
         self._gates: dict[str, Gate] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._watchers: dict[Replica, asyncio.Task[None]] = {}
@@ -63,7 +66,10 @@ class Router:
     @property
     def gates(self) -> list[Gate]:
         """The queues that are in use."""
-        return list(self._gates.values())
+        # One that a reload did away with may come back with the next: who runs must count then.
+        present = [replica for model in self.models.values() for replica in model.replicas]
+        used = {replica.gate for replica in (*present, *self._leaving)}
+        return [gate for gate in self._gates.values() if gate in used or gate.busy]
 
     def model(self, name: str) -> Model:
         """The model of that name.
@@ -135,8 +141,7 @@ class Router:
             for replica in model.replicas:
                 self._retire(model, replica)
         self._launcher.arrange([r for model in self.models.values() for r in model.replicas])
-        used = {replica.gate for model in self.models.values() for replica in model.replicas}
-        self._gates = {name: gate for name, gate in self._gates.items() if gate in used}
+        self._gates = {gate.name: gate for gate in self.gates}
 
     def _update(self, model: Model | None, settings: ModelSettings) -> Model:
         known = {replica.name: replica for replica in model.replicas} if model else {}
@@ -223,7 +228,7 @@ class Router:
             except Exception:
                 # One that nobody looks at any more would never come back.
                 log.exception("%s: a look at %s failed", model.name, replica.name)
-            await replica.pause(self.settings.health)
+            await replica.pause(self.settings.health.interval)
 
     async def _sleep_at_start(self, model: Model) -> None:
         while not any(replica.available for replica in model.replicas):
@@ -249,7 +254,12 @@ class Router:
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s failed in an unforeseen way", task.get_name(), exc_info=error)
 
 
 async def _put_to_sleep(model: Model) -> None:

@@ -23,6 +23,7 @@ from pydantic import (
 
 from ..cli.values import parse_address, parse_duration
 from ..config import Bytes, default_ledger_dir
+from ..units import format_size
 from .keys import KeySource
 
 Seconds = Annotated[float, BeforeValidator(lambda value: parse_duration(str(value)))]
@@ -100,6 +101,8 @@ class LimitSettings(_Settings):
 
     body: Bytes = Field(default=32 << 20, gt=0)
     """Most bytes of a request's body."""
+    bodies: Bytes = Field(default=1 << 30, gt=0)
+    """Most bytes of the bodies of all requests that are there; more are refused with status 503."""
     body_time: Positive = 30.0
     """For the client to send the body."""
     request_time: Positive = 1800.0
@@ -110,6 +113,15 @@ class LimitSettings(_Settings):
     """For a connection to an engine."""
     drain_time: Positive = 30.0
     """For requests in flight when the router is told to stop."""
+
+    @model_validator(mode="after")
+    def _one_fits(self) -> LimitSettings:
+        if self.bodies < self.body:
+            raise ValueError(
+                f"'bodies', for all requests together, has {format_size(self.bodies)}, less than "
+                f"{format_size(self.body)} for one ('body'): raise 'bodies' or lower 'body'"
+            )
+        return self
 
 
 class HealthSettings(_Settings):

@@ -89,6 +89,7 @@ class Upstream:
                 Route("/is_sleeping", self._is_sleeping),
                 Route("/collective_rpc", self._reload, methods=["POST"]),
                 Route("/model_info", self._model_info),
+                Route("/probes", self._probes),
                 Route("/release_memory_occupation", self._sleep, methods=["POST"]),
                 Route("/resume_memory_occupation", self._wake, methods=["POST"]),
             ]
@@ -174,6 +175,9 @@ class Upstream:
     async def _reload(self, request: Request) -> Response:
         self.reloads += json.loads(await request.body())["method"] == "reload_weights"
         return JSONResponse({"results": [None]})
+
+    async def _probes(self, _: Request) -> Response:
+        return JSONResponse(self.probes)
 
     async def _model_info(self, _: Request) -> Response:
         return JSONResponse({})

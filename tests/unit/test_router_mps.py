@@ -17,6 +17,7 @@ import pynvml
 import pytest
 
 from kvcached_core.mps import DIRECTORY, Mps
+from kvcached_core.router.launch import mps_guard
 from kvcached_core.router.launch.mps_guard import MpsGuard
 from tests.support import fake_mps
 from tests.support.launched import Site, launch, site
@@ -166,6 +167,101 @@ def test_a_fault_does_not_reach_other_gpus(tmp_path: Path, mps: Mps) -> None:
             after = await all_ready(s, 3)
             assert after[1] != before[1]
             assert after[2] == before[2]
+
+    run(main)
+
+
+def test_an_end_on_another_gpu_during_a_fault_is_its_own_business(tmp_path: Path, mps: Mps) -> None:
+    async def main() -> None:
+        guard = MpsGuard(settle_s=0.1)
+        async with site(tmp_path, settings(tmp_path, 0, 0, 1, 1), guard) as s:
+            before = await all_ready(s, 4)
+            serving(mps, before, "FAULT\n")
+            os.kill(before[0], signal.SIGKILL)
+            await until(lambda: s.supervisor("m1").crashes == 1)
+            # The server still waits for somebody of GPU 0 when this one ends of something else.
+            os.kill(before[2], signal.SIGKILL)
+            await until(lambda: s.supervisor("m2").crashes == 1)
+            await asyncio.sleep(0.3)
+            serving(mps, before[3:], "ACTIVE\n")
+            after = await all_ready(s, 4)
+            assert after[3] == before[3]
+            assert (guard.faults, s.supervisor("m3").crashes) == (1, 0)
+
+    run(main)
+
+
+async def both_end(s: Site, pids: list[int]) -> None:
+    """First one of GPU 0, then one of GPU 1, before anybody asks the server."""
+    for index in (0, 2):
+        os.kill(pids[index], signal.SIGKILL)
+        await until(lambda index=index: s.supervisor(f"m{index}").crashes == 1)  # type: ignore[misc]
+
+
+def test_of_two_gpus_with_an_end_only_that_with_the_fault_is_cleared(
+    tmp_path: Path, mps: Mps
+) -> None:
+    async def main() -> None:
+        guard = MpsGuard(settle_s=1)
+        async with site(tmp_path, settings(tmp_path, 0, 0, 1, 1), guard) as s:
+            before = await all_ready(s, 4)
+            serving(mps, before, "FAULT\n")
+            await both_end(s, before)
+            await until(lambda: s.supervisor("m1").crashes == 1)
+            serving(mps, before[3:], "ACTIVE\n")
+            after = await all_ready(s, 4)
+            assert after[3] == before[3]
+            assert guard.faults == 1
+
+    run(main)
+
+
+def test_the_second_gpu_is_cleared_if_the_first_was_not_it(tmp_path: Path, mps: Mps) -> None:
+    async def main() -> None:
+        guard = MpsGuard(settle_s=1)
+        async with site(tmp_path, settings(tmp_path, 0, 0, 1, 1), guard) as s:
+            before = await all_ready(s, 4)
+            serving(mps, before, "FAULT\n")
+            await both_end(s, before)
+            await until(lambda: s.supervisor("m3").crashes == 1)
+            serving(mps, [], "ACTIVE\n")
+            after = await all_ready(s, 4)
+            assert not set(before) & set(after)
+            assert guard.faults == 2
+
+    run(main)
+
+
+def test_a_fault_that_stays_is_not_held_against_other_gpus(
+    tmp_path: Path, mps: Mps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mps_guard, "_FREE_S", 0.2)
+
+    async def main() -> None:
+        guard = MpsGuard(settle_s=0.1)
+        async with site(tmp_path, settings(tmp_path, 0, 0, 1, 1), guard) as s:
+            before = await all_ready(s, 4)
+            # A client that is not the router's holds it up.
+            serving(mps, [*before, os.getpid()], "FAULT\n")
+            os.kill(before[0], signal.SIGKILL)
+            await until(lambda: s.supervisor("m1").starts == 2)
+            os.kill(before[2], signal.SIGKILL)
+            await until(lambda: s.supervisor("m2").starts == 2)
+            after = await all_ready(s, 4)
+            assert after[3] == before[3]
+            assert guard.faults == 1
+            # One of the same GPU still is; and once it was over, so is any.
+            os.kill(after[0], signal.SIGKILL)
+            await until(lambda: guard.faults == 2)
+            after = await all_ready(s, 4)
+            assert after[3] == before[3]
+            serving(mps, after, "ACTIVE\n")
+            os.kill(after[0], signal.SIGKILL)
+            await until(lambda: s.supervisor("m0").starts == 4)
+            after = await all_ready(s, 4)
+            serving(mps, after, "FAULT\n")
+            os.kill(after[2], signal.SIGKILL)
+            await until(lambda: s.supervisor("m3").crashes == 1)
 
     run(main)
 

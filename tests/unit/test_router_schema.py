@@ -22,9 +22,11 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from kvcached_core.router.app import FORWARDED
+from kvcached_core.router.body import Bodies
 from kvcached_core.router.memory import Memory
 from kvcached_core.router.openapi import describe
 from kvcached_core.router.operate import Operations
+from kvcached_core.router.settings import LimitSettings
 from tests.unit.test_router_process import engine, get, router
 
 CHECKS = [
@@ -79,7 +81,8 @@ def test_everything_there_is_is_described() -> None:
         for method in item
     }
     there = {(path, "POST") for path in FORWARDED}
-    routes = Operations(None).routes() + Memory(Path).routes()  # type: ignore[arg-type]
+    memory = Memory(Path, LimitSettings, Bodies(LimitSettings))
+    routes = Operations(None).routes() + memory.routes()  # type: ignore[arg-type]
     for route in routes:
         there |= {(route.path, method) for method in (route.methods or ()) if method != "HEAD"}
     assert there == described | {("/openapi.json", "GET")}

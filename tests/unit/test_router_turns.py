@@ -90,6 +90,8 @@ def supervisor_of(probe: Callable[[float], Awaitable[None]]) -> Supervisor:
         Hooks(
             lambda: (NEVER_READY, dict(os.environ)),
             probe,
+            look=probe,
+            pause=asyncio.sleep,
             restart=lambda: True,
             changed=lambda: None,
         ),

@@ -48,6 +48,13 @@ class Launcher:
         async def probe(timeout: float) -> None:
             await engine.check(timeout, asleep=replica.asleep is not False)
 
+        async def look(most_s: float) -> None:
+            health = self._settings().health
+            await replica.probe(health, min(health.timeout, most_s))
+
+        async def pause(most_s: float) -> None:
+            await replica.pause(min(self._settings().health.interval, most_s))
+
         def changed() -> None:
             replica.process_changed()
             if replica.available:
@@ -64,6 +71,8 @@ class Launcher:
             Hooks(
                 make,
                 probe,
+                look,
+                pause,
                 # A model that sleeps is started by the request that wakes it.
                 restart=lambda: replica.asleep is not True,
                 changed=changed,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ...config import Config, ConfigError
-from ...mps import Mps, MpsError, Status, client_environment
+from ...mps import Mps, MpsError, Server, Status, client_environment
 from ..engines import EngineError
 from ..settings import GpuSettings
 from .supervisor import Phase, Supervisor
@@ -52,6 +52,16 @@ class _Client:
     """GPUs it has; none if that is not known."""
 
 
+@dataclass(frozen=True)
+class _End:
+    """Of a client, unasked."""
+
+    client: _Client
+    said: str
+    at: float
+    """Of the loop's clock."""
+
+
 class MpsGuard:
     """All engines of one router that are clients of this user's daemon."""
 
@@ -62,7 +72,10 @@ class MpsGuard:
         self._waiting: list[tuple[_Client, asyncio.Future[None]]] | None = None
         """Who wants to start while a fault is dealt with; None: there is none."""
         self._task: asyncio.Task[None] | None = None
-        self._ended: list[tuple[_Client, str]] = []
+        self._ended: list[_End] = []
+        """Those nobody has looked into yet."""
+        self._lasting: frozenset[str] = frozenset()
+        """GPUs whose fault the server still reports although our engines there were ended."""
         self._started = False
         self._said_without = False
         self.faults = 0
@@ -132,7 +145,8 @@ class MpsGuard:
         if not client.uses:
             return
         client.uses = False
-        self._ended.append((client, said))
+        now = asyncio.get_running_loop().time()
+        self._ended.append(_End(client, said, now))
         if self._waiting is None:
             self._waiting = []
             self._task = asyncio.create_task(self._look(), name="mps: what ended an engine")
@@ -151,17 +165,21 @@ class MpsGuard:
     # -- a fault -----------------------------------------------------------------------------------
 
     async def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        cleared: frozenset[str] = frozenset()
         try:
-            await asyncio.sleep(self._settle_s)
-            status = await self._status()
-            faulted = any(_FAULT in server.state.upper() for server in status.servers)
             while self._ended:
-                shared = self._sharing(self._ended[0][0])
-                ended = [entry for entry in self._ended if entry[0] in shared]
-                self._ended = [entry for entry in self._ended if entry[0] not in shared]
+                await asyncio.sleep(self._ended[0].at + self._settle_s - loop.time())
+                shared = self._sharing(self._ended[0].client)
+                ended = [end for end in self._ended if end.client in shared]
+                self._ended = [end for end in self._ended if end.client not in shared]
+                faulted = bool(await self._bad()) and not self._is_explained(shared)
                 # One that ended without the server's minding it is nobody else's business.
                 if faulted or len(ended) > 1:
+                    cleared = cleared.union(*(client.devices for client in shared))
+                    seen = loop.time()
                     await self._end_all(ended, [c for c in shared if c.uses], faulted)
+                    await self._until_free(cleared, seen)
         except Exception:
             log.exception("whether a fault ended several engines could not be found out")
         finally:
@@ -172,6 +190,20 @@ class MpsGuard:
                 if not turn.done():
                     turn.set_result(None)
 
+    async def _bad(self) -> list[Server]:
+        """Servers that report a fault. They do not say on which GPU."""
+        status = await self._status()
+        bad = [server for server in status.servers if _FAULT in server.state.upper()]
+        if not bad:
+            self._lasting = frozenset()
+        return bad
+
+    def _is_explained(self, shared: list[_Client]) -> bool:
+        """Whether the fault that is reported is known to be one of other GPUs than theirs."""
+        known = all(client.devices for client in shared)
+        ours = frozenset().union(*(client.devices for client in shared))
+        return known and bool(self._lasting) and not ours & self._lasting
+
     def _sharing(self, first: _Client) -> list[_Client]:
         """``first`` and all whom its fault reaches over common GPUs, in the order of starts."""
         found = [first]
@@ -180,22 +212,20 @@ class MpsGuard:
                 other
                 for other in self._clients
                 if other not in found
-                and (other.uses or any(other is client for client, _ in self._ended))
+                and (other.uses or any(other is end.client for end in self._ended))
                 and (not other.devices or not client.devices or other.devices & client.devices)
             ]
         return sorted(found, key=lambda client: client.rank)
 
-    async def _end_all(
-        self, ended: list[tuple[_Client, str]], left: list[_Client], faulted: bool
-    ) -> None:
+    async def _end_all(self, ended: list[_End], left: list[_Client], faulted: bool) -> None:
         self.faults += 1
-        first, said = ended[0]
+        first = ended[0].client
         log.error(
             "a fatal fault of one MPS client ended the GPU contexts of all: %s ended first (%s), "
             "ended: %s, ended now: %s%s; all of them are started again in order",
             first.supervisor.name,
-            said,
-            ", ".join(client.supervisor.name for client, _ in ended),
+            ended[0].said,
+            ", ".join(end.client.supervisor.name for end in ended),
             ", ".join(client.supervisor.name for client in left) or "none",
             "; the server reports FAULT" if faulted else "",
         )
@@ -209,19 +239,28 @@ class MpsGuard:
                 await process.wait()
             while client.supervisor.phase not in (Phase.WAITING, Phase.STOPPED):
                 await asyncio.sleep(_STEP_S)
-        await self._until_free()
 
-    async def _until_free(self) -> None:
-        """The server takes clients again once the last of the old ones is gone."""
+    async def _until_free(self, cleared: frozenset[str], seen: float) -> None:
+        """The server takes clients again once the last of the old ones is gone.
+
+        Args:
+            cleared: GPUs whose clients were ended.
+            seen: when the fault was, of the loop's clock.
+        """
         loop = asyncio.get_running_loop()
-        end = loop.time() + _FREE_S
-        while loop.time() < end:
-            status = await self._status()
-            bad = [server for server in status.servers if _FAULT in server.state.upper()]
+        begin = loop.time()
+        while loop.time() < begin + _FREE_S:
+            bad = await self._bad()
             if not bad:
                 return
-            others = {pid: name for server in bad for pid, name in server.clients.items()}
+            # Who ended elsewhere before that may be the one that the server minds.
+            suspects = any(end.at <= seen for end in self._ended)
+            if suspects and loop.time() >= begin + self._settle_s:
+                return
             await asyncio.sleep(_LOOK_S)
+        # What ends on other GPUs meanwhile is not to be laid to this.
+        self._lasting |= cleared
+        others = {pid: name for server in bad for pid, name in server.clients.items()}
         log.error(
             "the MPS server still reports FAULT; it waits for clients that are not this router's: "
             "%s. End them, or engines that start now run into the same fault",

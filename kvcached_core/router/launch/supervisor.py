@@ -85,7 +85,11 @@ class Hooks:
     make: Callable[[], Recipe]
     """Command and environment of the next start."""
     probe: Callable[[float], Awaitable[None]]
-    """Raises EngineError unless the engine answers within so many seconds."""
+    """Raises EngineError unless the engine answers within so many seconds; while it starts."""
+    look: Callable[[float], Awaitable[None]]
+    """The same once it is ready, within so many seconds at most: also says if it may serve."""
+    pause: Callable[[float], Awaitable[None]]
+    """Until the next look, so many seconds at most."""
     restart: Callable[[], bool]
     """Whether to start it again after it ended by itself."""
     changed: Callable[[], None]
@@ -288,16 +292,15 @@ class Supervisor:
     async def _watch(self, process: EngineProcess) -> None:
         """Return when it ended, hangs, or shall end."""
         well = time.monotonic()
-        probe_s = min(_PROBE_S, self.settings.hang_time)
         while process.runs and self._wanted and not self._broken.is_set():
+            await self._first_of(process, self.hooks.pause(self.settings.hang_time / 4))
             try:
-                await self._first_of(process, self.hooks.probe(probe_s))
+                await self._first_of(process, self.hooks.look(self.settings.hang_time))
                 well = time.monotonic()
             except EngineError as error:
                 if time.monotonic() - well >= self.settings.hang_time:
                     self.end_run(f"it was not healthy for {self.settings.hang_time:g} s: {error}")
                     return
-            await self._first_of(process, asyncio.sleep(probe_s / 4))
 
     async def _end(self, process: EngineProcess) -> str:
         """What its end is reported as."""
