@@ -16,7 +16,8 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,9 @@ import nox
 nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["tests"]
+
+# Hundreds of processes import the same: what one of them has compiled must serve the others.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 REPO = Path(__file__).resolve().parent
 BUILD = ["cmake>=3.22", "ninja", "nanobind>=2.4", "scikit-build-core>=0.11"]
@@ -102,20 +106,25 @@ class Engines:
 def tests(session: nox.Session) -> None:
     """All of CI in one environment; arguments go to the end-to-end tests."""
     _system_packages(session)
-    _lint(session)
-    _cpp(session)
-    _core(session)
-    _check_patches(session)
-    vllm = _engines(session, VLLM)
-    sglang = _engines(session, SGLANG)
+    _install(session, *LINT, *CORE, *BUILD, *TEST)
+    with ThreadPoolExecutor(1) as background:
+        # It compiles, which no package changes that is fetched and unpacked meanwhile.
+        cpp = background.submit(_cpp, session, silent=True)
+        _lint(session)
+        _check_patches(session)
+        _core(session)
+        vllm = _engines(session, VLLM)
+        sglang = _engines(session, SGLANG)
+        cpp.result()
     _unit(session)
-    _engine_tests(session, vllm)
+    _engine_tests(session, vllm, ("off", "on"))
     _e2e(session, vllm, sglang, *session.posargs)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Format, style and types."""
+    _install(session, *LINT, *CORE, "pytest>=8")
     _lint(session)
 
 
@@ -123,6 +132,7 @@ def lint(session: nox.Session) -> None:
 def cpp(session: nox.Session) -> None:
     """The C++ tests under each set of sanitizers."""
     _system_packages(session)
+    _install(session, *BUILD)
     _cpp(session)
 
 
@@ -136,10 +146,11 @@ def unit(session: nox.Session) -> None:
 
 @nox.session
 def engine_tests(session: nox.Session) -> None:
-    """The engine's own tests on the stock and on the patched engine."""
+    """The engine's own tests on the stock engine too; `tests` has the manifest's numbers for it."""
     _system_packages(session)
     _core(session)
-    _engine_tests(session, _engines(session, VLLM), *session.posargs)
+    variants = ("stock", "off", "on")
+    _engine_tests(session, _engines(session, VLLM), variants, *session.posargs)
 
 
 @nox.session
@@ -154,14 +165,14 @@ def e2e(session: nox.Session) -> None:
 @nox.session
 def wheel(session: nox.Session) -> None:
     """The patched wheel in dist/; arguments go to `engine_forks build`, e.g. --variant cpu."""
-    session.install("tomli; python_version < '3.11'")
+    _install(session, "tomli; python_version < '3.11'")
     _forks(session, "build", *session.posargs)
 
 
 @nox.session
 def check_patches(session: nox.Session) -> None:
     """Every rule for the patch series."""
-    session.install("tomli; python_version < '3.11'")
+    _install(session, "tomli; python_version < '3.11'")
     _check_patches(session)
 
 
@@ -183,8 +194,12 @@ def gpu(session: nox.Session) -> None:
         print(block)
 
 
+def _install(session: nox.Session, *args: str) -> None:
+    """Without compiling what is never imported; the rest is when it is, first."""
+    session.install("--no-compile", *args)
+
+
 def _lint(session: nox.Session) -> None:
-    session.install(*LINT, *CORE, "pytest>=8")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy", "--strict", "-p", "kvcached_core", "-p", "engine_forks")
@@ -197,14 +212,16 @@ def _lint(session: nox.Session) -> None:
     session.run("clang-format", "--dry-run", "--Werror", *sources)
 
 
-def _cpp(session: nox.Session) -> None:
-    session.install(*BUILD)
+def _cpp(session: nox.Session, *, silent: bool = False) -> None:
+    """With `silent` one sees which commands run, the tests' results when they are done, and all
+    that a command said that fails.
+    """
     for sanitizer in SANITIZERS:
         build = Path(session.create_tmp()).resolve() / f"cpp-{sanitizer.partition(',')[0]}"
         session.run(
             "cmake",
             "-S",
-            "csrc",
+            str(REPO / "csrc"),
             "-B",
             str(build),
             "-G",
@@ -212,11 +229,14 @@ def _cpp(session: nox.Session) -> None:
             "-DKVCACHED_PYTHON=OFF",
             "-DKVCACHED_TESTS=ON",
             f"-DKVCACHED_SANITIZE={sanitizer}",
+            silent=silent,
         )
-        session.run("cmake", "--build", str(build), "--parallel", JOBS)
+        session.run("cmake", "--build", str(build), "--parallel", JOBS, silent=silent)
         ctest = ["ctest", "--test-dir", str(build), "--output-on-failure", "--no-tests=error"]
         ctest += ["--timeout", "1200", "--parallel", JOBS]
-        session.run(*_fixed_addresses(sanitizer), *ctest, external=True)
+        said = session.run(*_fixed_addresses(sanitizer), *ctest, external=True, silent=silent)
+        if silent:
+            print(said, flush=True)
 
 
 def _fixed_addresses(sanitizer: str) -> list[str]:
@@ -231,14 +251,14 @@ def _fixed_addresses(sanitizer: str) -> list[str]:
 
 def _core(session: nox.Session) -> None:
     """Installs the core for the tests, and tries its wheel where nothing else is installed."""
-    session.install(*BUILD, *TEST)
+    _install(session, *BUILD, *TEST)
     work = Path(session.create_tmp()).resolve() / "core"
     wheels = work / "wheels"
     shutil.rmtree(wheels, ignore_errors=True)
     # A build folder of the session's own: the checkout's may belong to another Python.
     options = ("--no-build-isolation", f"--config-settings=build-dir={work / 'build'}")
     # Editable, or the sources in the current folder would hide the installed package.
-    session.install(*options, "--editable", ".[router,tracing]")
+    _install(session, *options, "--editable", ".[router,tracing]")
     make = ("pip", "wheel", "--no-deps", *options, "--wheel-dir", str(wheels), ".")
     session.run("python", "-m", *make)
     clean = work / "venv"
@@ -247,9 +267,9 @@ def _core(session: nox.Session) -> None:
     (built,) = wheels.glob("*.whl")
     session.run(python, "-m", "pip", "install", "--quiet", str(built), external=True)
     session.run(python, "-m", "pip", "check", external=True)
-    with session.chdir(work):
-        code = "import kvcached_core._core as core; print('core wheel:', core.__file__)"
-        session.run(python, "-c", code, external=True)
+    # Isolated, or the sources in the current folder would be imported.
+    code = "import kvcached_core._core as core; print('core wheel:', core.__file__)"
+    session.run(python, "-I", "-c", code, external=True)
 
 
 def _check_patches(session: nox.Session) -> None:
@@ -265,7 +285,7 @@ def _engines(session: nox.Session, fork: Fork, variant: str = "cpu") -> Engines:
     wanted.write_text(_forks(session, "requirements", fork.pin, "--variant", variant, "--tests"))
     deps = None if fork is VLLM else tmp / "deps"
     if deps is None:
-        session.install("--requirement", str(wanted))
+        _install(session, "--requirement", str(wanted))
     else:
         _install_beside(session, wanted, deps)
     archive, released = _forks(session, "fetch", fork.pin, "source", variant).splitlines()
@@ -274,7 +294,7 @@ def _engines(session: nox.Session, fork: Fork, variant: str = "cpu") -> Engines:
     engines = Engines(fork, Path(archive), tmp / "stock", tmp / "patched", deps)
     for source, target in ((released, engines.stock), (patched, engines.patched)):
         shutil.rmtree(target, ignore_errors=True)
-        session.install("--no-deps", "--target", str(target), source)
+        _install(session, "--no-deps", "--target", str(target), source)
         # Not the other engine, and for this machine: either mistake would make tests idle.
         code = (
             f"{fork.probe.format(variant=variant)};"
@@ -289,19 +309,24 @@ def _engines(session: nox.Session, fork: Fork, variant: str = "cpu") -> Engines:
 def _install_beside(session: nox.Session, wanted: Path, target: Path) -> None:
     """Installs into a folder what pip would add to the environment, or replace in it."""
     report = wanted.with_name("report.json")
-    session.install("--dry-run", "--report", str(report), "--requirement", str(wanted))
+    _install(session, "--dry-run", "--report", str(report), "--requirement", str(wanted))
     found = [entry["metadata"] for entry in json.loads(report.read_text())["install"]]
     shutil.rmtree(target, ignore_errors=True)
     names = [f"{entry['name']}=={entry['version']}" for entry in found]
-    session.install("--no-deps", "--target", str(target), *names)
+    _install(session, "--no-deps", "--target", str(target), *names)
 
 
 def _unit(session: nox.Session, *args: str) -> None:
-    session.run("python", "-m", "pytest", "--ignore=tests/e2e", *args)
+    command = ("python", "-m", "pytest", "--ignore=tests/e2e")
+    if args:
+        session.run(*command, *args)
+        return
+    session.run(*command, *TWO, "--dist=worksteal", "--durations=10")
 
 
-def _engine_tests(session: nox.Session, engines: Engines, *args: str) -> None:
-    variants = f"stock={engines.stock},off={engines.patched},on={engines.patched}"
+def _engine_tests(session: nox.Session, engines: Engines, names: Sequence[str], *args: str) -> None:
+    folders = {"stock": engines.stock, "off": engines.patched, "on": engines.patched}
+    variants = ",".join(f"{name}={folders[name]}" for name in names)
     out = Path(session.create_tmp()).resolve() / "engine-tests"
     command = ("--pin", engines.fork.pin, "--source", str(engines.archive), "--variant", variants)
     session.run(

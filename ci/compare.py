@@ -17,12 +17,15 @@ Table = Mapping[str, str]  # test id -> outcome
 def problems(
     manifest: Manifest, files: Iterable[TestFile], tables: Mapping[str, Table]
 ) -> list[str]:
-    """Everything that makes the run fail, one line each."""
+    """Everything that makes the run fail, one line each.
+
+    The first table is what the others are compared with.
+    """
     files = list(files)
-    found = [*_unexpected(manifest, files, tables), *_too_few(files, tables[manifest.baseline])]
-    for variant in tables:
-        if variant != manifest.baseline:
-            found += _differing(manifest, files, tables, variant)
+    base, *others = tables
+    found = [*_unexpected(manifest, files, base, tables[base]), *_too_few(files, tables[base])]
+    for variant in others:
+        found += _differing(manifest, files, base, variant, tables)
     return found
 
 
@@ -44,18 +47,15 @@ def file_of(test: str) -> str:
     return test.partition("::")[0]
 
 
-def _unexpected(
-    manifest: Manifest, files: list[TestFile], tables: Mapping[str, Table]
-) -> list[str]:
-    """What the released engine does not pass, unless that is known, and what is known wrongly."""
-    table = tables[manifest.baseline]
+def _unexpected(manifest: Manifest, files: list[TestFile], base: str, table: Table) -> list[str]:
+    """What the first engine does not pass, unless that is known, and what is known wrongly."""
     known, found = _expected(_of(manifest.known, files), table)
     for test, outcome in sorted(table.items()):
         want = known.get(test)
         if want is not None and outcome != want:
-            found.append(f"{test}: known as {want}, but {outcome} on {manifest.baseline}")
+            found.append(f"{test}: known as {want}, but {outcome} on {base}")
         elif want is None and outcome not in HARMLESS:
-            found.append(f"{test}: {outcome} on {manifest.baseline}")
+            found.append(f"{test}: {outcome} on {base}")
     return found
 
 
@@ -70,18 +70,22 @@ def _too_few(files: list[TestFile], table: Table) -> list[str]:
 
 
 def _differing(
-    manifest: Manifest, files: list[TestFile], tables: Mapping[str, Table], variant: str
+    manifest: Manifest,
+    files: list[TestFile],
+    base: str,
+    variant: str,
+    tables: Mapping[str, Table],
 ) -> list[str]:
-    base, table = tables[manifest.baseline], tables[variant]
-    tests = sorted({*base, *table})
+    first, table = tables[base], tables[variant]
+    tests = sorted({*first, *table})
     listed = [entry for entry in manifest.differences if entry.variant == variant]
     expected, found = _expected(_of(listed, files), tests)
     for test in tests:
-        released, got = base.get(test, MISSING), table.get(test, MISSING)
-        want = expected.get(test, released)
+        before, got = first.get(test, MISSING), table.get(test, MISSING)
+        want = expected.get(test, before)
         if got != want:
-            found.append(f"{test}: {got} on {variant}, {want} expected ({released} released)")
-        elif test in expected and got == released:
+            found.append(f"{test}: {got} on {variant}, {want} expected ({before} on {base})")
+        elif test in expected and got == before:
             found.append(f"{test}: listed as a difference of {variant}, but {got} on both")
     return found
 

@@ -4,6 +4,9 @@
     python -m ci.engine_tests --source vllm-0.24.0.tar.gz \\
         --variant stock=<dir>,off=<dir>,on=<dir> --tier ci --jobs 2 --out <dir>
 
+Without `stock`, the patched engine that is `off` is what `on` is compared with, and the manifest's
+numbers, which were taken from the released engine, are what says that `off` is whole.
+
 A <dir> holds an installed engine (`pip install --no-deps --target <dir> <wheel>`); `-` is the
 engine of this environment.
 """
@@ -63,7 +66,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _engines(text: str, manifest: Manifest) -> dict[str, Path | None]:
-    """Where each variant's engine is, in the manifest's order, the released one first."""
+    """Where each variant's engine is; the first is what the others are compared with."""
     given: dict[str, Path | None] = {}
     for part in text.split(","):
         name, equals, place = part.partition("=")
@@ -72,9 +75,11 @@ def _engines(text: str, manifest: Manifest) -> dict[str, Path | None]:
         if place != "-" and not Path(place).is_dir():
             raise RunError(f"--variant {part}: no such folder")
         given[name] = None if place == "-" else Path(place).resolve()
-    if manifest.baseline not in given:
-        raise RunError(f"--variant: {manifest.baseline} is what the others are compared with")
-    return {name: given[name] for name in manifest.variants if name in given}
+    if not any(name in given for name in manifest.baselines):
+        wanted = " or ".join(manifest.baselines)
+        raise RunError(f"--variant: give {wanted}, what the others are compared with")
+    ordered = sorted(manifest.variants, key=lambda name: name not in manifest.baselines)
+    return {name: given[name] for name in ordered if name in given}
 
 
 def _files(manifest: Manifest, tier: str, pattern: str) -> list[TestFile]:

@@ -62,7 +62,13 @@ class Manifest:
 
     @property
     def baseline(self) -> str:
+        """The released engine."""
         return next(iter(self.variants))
+
+    @property
+    def baselines(self) -> list[str]:
+        """What the others can be compared with: engines in which nothing is switched on."""
+        return [name for name, variant in self.variants.items() if not variant.env]
 
 
 def load(path: Path) -> Manifest:

@@ -181,6 +181,8 @@ def _run_group(
 
 def _pytest_arguments(files: Sequence[TestFile], tree: Path) -> list[str]:
     plugins = ["-p", "engine_tests_recorder", "-p", "no:cacheprovider"]
+    # The environment has them for tests of our own, and they take two seconds to import.
+    plugins += ["-p", "no:schemathesis", "-p", "no:hypothesispytest"]
     place = ["--rootdir", str(tree), "-c", str(tree / "pyproject.toml")]
     left_out = [
         argument

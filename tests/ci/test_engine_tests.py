@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import tarfile
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -206,11 +207,12 @@ def command(
     return ["--manifest", manifest, "--source", str(source), "--out", out, "--tier", "full"]
 
 
-def _variants(tmp_path: Path, on: str) -> list[str]:
-    folders = {name: tmp_path / name for name in ("stock", "off", "on")}
-    _patched(folders["off"])
-    _patched(folders["on"], on)
-    return ["--variant", ",".join(f"{name}={folder}" for name, folder in folders.items())]
+def _variants(
+    tmp_path: Path, on: str, off: str = "good", names: Sequence[str] = ("stock", "off", "on")
+) -> list[str]:
+    _patched(tmp_path / "off", off)
+    _patched(tmp_path / "on", on)
+    return ["--variant", ",".join(f"{name}={tmp_path / name}" for name in names)]
 
 
 def test_equal_variants_pass(
@@ -243,6 +245,28 @@ def test_a_variant_that_differs_fails(
     assert f"FAIL {line}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("behaviour", "line"),
+    [
+        ("good", "all variants end alike"),
+        ("fail", f"FAIL {ENGINE_TEST}: failed on off"),
+        ("gone", f"FAIL {BEHAVIOUR}: 3 passed, the manifest promises 4"),
+        ("import", f"FAIL {BEHAVIOUR}: error on off"),
+    ],
+)
+def test_off_is_measured_by_the_manifest_where_the_released_engine_is_not_run(
+    tmp_path: Path,
+    command: list[str],
+    capsys: pytest.CaptureFixture[str],
+    behaviour: str,
+    line: str,
+) -> None:
+    """Also when both end alike."""
+    variants = _variants(tmp_path, behaviour, behaviour, ("on", "off"))
+    assert engine_tests.main([*command, *variants]) == (behaviour != "good")
+    assert line in capsys.readouterr().out
+
+
 def test_an_archive_serves_as_well_as_a_tree(tmp_path: Path, source: Path) -> None:
     archive = tmp_path / "vllm-1.0.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
@@ -257,7 +281,7 @@ def test_an_archive_serves_as_well_as_a_tree(tmp_path: Path, source: Path) -> No
 @pytest.mark.parametrize(
     ("variants", "error"),
     [
-        ("off={off}", "stock is what the others are compared with"),
+        ("on={off}", "give stock or off, what the others are compared with"),
         ("stock={stock},other={off}", "other={off}: give stock, off, on"),
         ("stock={stock}/nowhere", "no such folder"),
         ("stock={off}", "is not the released engine"),
@@ -318,9 +342,9 @@ def test_equal_tables_have_no_problems() -> None:
 def test_missing_extra_and_changed_tests_are_problems() -> None:
     on = {"a.py::test_x": "failed", "a.py::test_y[2]": "skipped", "a.py::test_new": "passed"}
     assert _problems(on) == [
-        "a.py::test_new: passed on on, missing expected (missing released)",
-        "a.py::test_x: failed on on, passed expected (passed released)",
-        "a.py::test_y[1]: missing on on, passed expected (passed released)",
+        "a.py::test_new: passed on on, missing expected (missing on stock)",
+        "a.py::test_x: failed on on, passed expected (passed on stock)",
+        "a.py::test_y[1]: missing on on, passed expected (passed on stock)",
     ]
 
 
@@ -344,7 +368,7 @@ def test_an_entry_covers_all_parameters_of_its_test_but_no_other_test() -> None:
     on = {**STOCK, "a.py::test_y[1]": "failed", "a.py::test_y[2]": "failed"}
     assert _problems(on, _differs("a.py::test_y", "failed")) == []
     assert _problems(on, _differs("a.py::test_y[1]", "failed")) == [
-        "a.py::test_y[2]: failed on on, skipped expected (skipped released)"
+        "a.py::test_y[2]: failed on on, skipped expected (skipped on stock)"
     ]
     assert not Expectation("a.py::test_y", "failed", "a reason").covers("a.py::test_yes")
 

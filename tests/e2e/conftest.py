@@ -34,7 +34,7 @@ SERVER_ARGS = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests of an engine that is not there."""
+    """Skips the tests of an engine that is not there, and puts the long ones first."""
     missing = []
     if engine_folder("patched") is None:
         missing.append((lambda name: "sglang" not in name or "vllm" in name, "ENGINE_PATCHED"))
@@ -45,6 +45,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.path.parent == Path(__file__).parent and needed(item.path.name):
                 reason = f"needs a patched engine: set {names} to its folder, or use `nox -s e2e`"
                 item.add_marker(pytest.mark.skip(reason=reason))
+    order = {group: place for place, group in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(_group(item.path.name), len(LONG)))
 
 
 # Tests of a file, and of those that share what takes long to start, belong in one process.
@@ -57,9 +59,28 @@ GROUPS = {
     "test_two_servers": "vllm",
     "test_sglang_dp": "sglang",
     "test_sglang_memory": "sglang",
+    "test_sglang_refusals": "sglang",
     "test_sglang_tokens": "sglang",
     "test_sglang_tp": "sglang",
 }
+# Those that take longest, longest first: none of them is left when the others are done.
+LONG = (
+    "vllm",
+    "sglang",
+    "test_router_vllm_sglang",
+    "test_sglang_states",
+    "test_sglang_windows",
+    "test_sglang_sleep",
+    "test_sleep",
+    "test_router_sleep",
+    "test_sglang_beside_vllm",
+    "test_sglang_pools",
+)
+
+
+def _group(path: str) -> str:
+    stem = Path(path).stem
+    return GROUPS.get(stem, stem)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -69,9 +90,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     # Its own groups, `--dist loadgroup`, are names of tests, which pytest 9.2 lets nobody change.
     class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            stem = Path(nodeid.partition("::")[0]).stem
-            return GROUPS.get(stem, stem)
+            return _group(nodeid.partition("::")[0])
 
+    config.option.loadscopereorder = False  # It would begin with where most tests are.
     return Scheduling(config, log)
 
 

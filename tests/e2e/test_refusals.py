@@ -86,7 +86,7 @@ def test_a_ledger_with_nothing_left(models: Models, patched: EngineHost, tmp_pat
     ledger = Ledger(ledger_path(tmp_path), 512 << 20, 0)
     greedy = ledger.join("greedy")
     assert greedy.lease(ledger.available())
-    job = Job(models.llama, [[[5]]], env=elastic_env(tmp_path))
+    job = Job(models.llama, [[[5]]], env=elastic_env(tmp_path, start_wait_ms="200"))
     _check_refused(patched, job, Refusal("full", "greedy", "Free memory"))
 
 

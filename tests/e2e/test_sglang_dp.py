@@ -37,12 +37,13 @@ def test_replicas_share_memory_like_any_two_engines(
     env = elastic_env(path.parent, capacity=str(CAPACITY), page_size=str(PAGE))
     del env["KVCACHED_NAME"]  # both would have it
     server = SglangServer("dp", models.llama, tmp_path, ("--dp-size=2",), env, host=sglang_patched)
+    # Before it starts: idle replicas keep both cores busy.
+    mixed = sglang_references().mixed
     try:
         server.start().wait_ready()
         ledger = Ledger(path)
         first, second = ledger.members()
         assert first.name != second.name
-        mixed = sglang_references().mixed
         with LedgerWatch(path) as watch:
             for _ in range(2):
                 mixed.check(burst(server, mixed.prompts, mixed.max_tokens))

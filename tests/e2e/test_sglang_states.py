@@ -28,7 +28,7 @@ from tests.support.sglang_fixtures import (
     retracted,
     wait_retracted,
 )
-from tests.support.sglang_server import SglangServer, sglang_environment
+from tests.support.sglang_server import SglangHost, SglangServer, sglang_environment
 from tests.support.tiny_model import LFM2
 from tests.support.watch import LedgerWatch, wait_until
 
@@ -56,29 +56,46 @@ def _environment(flavor: Flavor, **changes: str) -> dict[str, str]:
 
 
 class Started:
-    """Servers of the tiny recurrent model, started as a user does."""
+    """Servers of the tiny recurrent model, which need processes of their own to be forks of: the
+    interpreter is chosen when Triton is imported.
+    """
 
     def __init__(self, model: Path, folder: Path) -> None:
         self._model, self._folder = model, folder
+        self._hosts: list[SglangHost] = []
+
+    def _host(self, flavor: Flavor) -> SglangHost:
+        folder = self._folder / f"{flavor}-host"
+        folder.mkdir()
+        self._hosts.append(SglangHost(flavor, folder, _environment(flavor)))
+        return self._hosts[-1]
+
+    def close(self) -> None:
+        for host in self._hosts:
+            host.close()
 
     def stock(self) -> Scored:
         args = (*ARGS, "--max-total-tokens=20000")
-        env = _environment("stock")
-        return Scored("stock", self._model, self._folder, args, env, "stock")
+        env, host = _environment("stock"), self._host("stock")
+        return Scored("stock", self._model, self._folder, args, env, "stock", host=host)
 
     def patched(self, **settings: str) -> SglangServer:
         settings = elastic_env(self._folder / "ledger", page_size=str(PAGE), **settings)
         env = _environment("patched", **settings)
-        return SglangServer("engine", self._model, self._folder, ARGS, env)
+        host = self._host("patched")
+        return SglangServer("engine", self._model, self._folder, ARGS, env, host=host)
 
 
 @pytest.fixture(scope="module")
-def started(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Started:
-    return Started(models.lfm, tmp_path_factory.mktemp("sglang-states"))
+def started(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
+    started = Started(models.lfm, tmp_path_factory.mktemp("sglang-states"))
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="module")
-def server(started: Started) -> Iterator[SglangServer]:
+def server(started: Started, references: list[Reference]) -> Iterator[SglangServer]:
+    # After the stock one, since an idle engine keeps a core busy.
     server = started.patched(capacity="8MiB")
     try:
         server.start().wait_ready()
@@ -89,7 +106,7 @@ def server(started: Started) -> Iterator[SglangServer]:
 
 
 @pytest.fixture(scope="module")
-def references(started: Started, server: SglangServer) -> list[Reference]:
+def references(started: Started) -> list[Reference]:
     """Of some prompts, of others that begin with these, and of requests that grow."""
     stock = started.stock()
     try:

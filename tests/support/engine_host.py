@@ -18,6 +18,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from forking import fork_always  # this folder is where a script looks
+
 
 def _metrics(llm: Any) -> dict[str, float]:
     """Counters and gauges of the engine, summed over their labels."""
@@ -94,8 +96,12 @@ def main() -> None:
     # What an engine imports only when it is built, imported here once for all.
     import vllm.model_executor.models.gemma3
     import vllm.model_executor.models.llama
+    import vllm.v1.engine.core
     import vllm.v1.engine.llm_engine
+    import vllm.v1.executor.multiproc_executor
     import vllm.v1.worker.cpu_worker  # noqa: F401
+
+    fork_always()
 
     for line in sys.stdin:
         job = json.loads(line)

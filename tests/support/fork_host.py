@@ -14,7 +14,6 @@ from __future__ import annotations
 import gc
 import importlib
 import json
-import multiprocessing
 import os
 import random
 import runpy
@@ -22,6 +21,8 @@ import sys
 import traceback
 from pathlib import Path
 from typing import Any
+
+from forking import fork_always  # this folder is where a script looks
 
 # Of every engine the module that is its server, and what a server imports, the processes it starts
 # and the tests' models among it.
@@ -86,14 +87,6 @@ def _poll(pid: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if done else None
 
 
-def _fork_always() -> None:
-    """Has an engine fork its processes, though it orders them to be spawned."""
-    multiprocessing.set_start_method("fork", force=True)
-    multiprocessing.set_start_method = lambda method, force=False: None  # type: ignore[assignment]
-    context = multiprocessing.get_context()
-    multiprocessing.get_context = lambda method=None: context  # type: ignore[assignment]
-
-
 def main() -> None:
     del sys.path[0]  # This folder: the engine must not find the tests' modules.
     answers = os.fdopen(os.dup(1), "w")
@@ -101,7 +94,7 @@ def main() -> None:
     server, *imports = ENGINES[sys.argv[1]]
     for name in imports:
         importlib.import_module(name)
-    _fork_always()
+    fork_always()
     gc.freeze()
 
     for line in sys.stdin:

@@ -23,6 +23,9 @@ ENVIRONMENT = {
     # Else every look at /health generates a token, and takes memory for it.
     "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
     "OMP_NUM_THREADS": "1",
+    # Else a server may compile a norm when it starts, for half a minute. It is read when torch is
+    # imported, so it must be in the environment of what servers are forks of.
+    "TORCHDYNAMO_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -56,10 +59,12 @@ def sglang_environment(flavor: Flavor, changes: Mapping[str, str] | None = None)
 
 
 class SglangHost(ServerHost):
-    """Servers of a process that has imported SGLang."""
+    """Servers of a process that has imported SGLang, with these changes to its environment."""
 
-    def __init__(self, flavor: Flavor, folder: Path) -> None:
-        super().__init__("sglang", sglang_environment(flavor), folder)
+    def __init__(
+        self, flavor: Flavor, folder: Path, changes: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__("sglang", sglang_environment(flavor, changes), folder)
         self.flavor = flavor
 
 

@@ -229,6 +229,9 @@ def test_systems() -> None:
     assert static.environment("bob", Path("/l"), {}) == {}
     assert static.share(3) == ["--gpu-memory-utilization=0.31"]
     assert (static.start, static.flavor) == ("one", "stock")
+    sized = System.parse("static-mps:kv_cache=2GiB")
+    assert sized.share(3) == ["--kv-cache-memory-bytes=2147483648", "--gpu-memory-utilization=0.01"]
+    assert (sized.start, sized.environment("bob", Path("/l"), {})) == ("all", {})
 
 
 @pytest.mark.parametrize("text", ["other", "static:x=1", "elastic:x", "mps"])
