@@ -6,6 +6,7 @@
 1. handover: alice fills the memory with prefix cache; then a prompt of 90,000 tokens comes to bob.
    From his first posted demand until alice has given 10 GiB back, and until bob holds them,
    against the driver calls for these pages alone (driver_cost.py) in the same run.
+   parked: the same, but what alice holds is in no use at all.
 2. limit: carol's limit is lowered with kvctl while she is idle and holds prefix cache.
 3. training: a process outside the ledger takes and frees memory in steps while bursts come to all.
 """
@@ -15,12 +16,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +33,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu.tokens_and_throughput import LLAMA_8B
+from benchmarks.serving.fleet import PROFILED
 from kvcached_core import Ledger
 from tests.support.prompts import equal_prompts
 from tests.support.server import HttpServer, Server, burst, burst_async
@@ -37,6 +41,7 @@ from tests.support.tiny_model import LLAMA, make_tiny_model
 
 GIB = 1 << 30
 NAMES = ("alice", "bob", "carol")
+START_S = 200
 
 TRAINING = """
 import sys, time, torch
@@ -80,15 +85,23 @@ class Sampler:
         self._thread.join()
 
 
-def came_up(server: HttpServer) -> bool:
-    """Starts a server and waits until it answers; says how long that took, or why it did not."""
-    begin = time.monotonic()
-    try:
-        server.start().wait_ready(timeout_s=200)
-    except RuntimeError as error:
-        print(error)
-        return False
-    print(f"{server.name} ready after {time.monotonic() - begin:.1f} s", flush=True)
+def come_up(servers: Iterable[HttpServer]) -> bool:
+    """Starts servers, the next once one has measured its memory; says how long each took."""
+    begun: dict[HttpServer, float] = {}
+    for server in servers:
+        begun[server] = time.monotonic()
+        server.start()
+        while PROFILED not in server.output() and server.code is None:
+            if time.monotonic() - begun[server] > START_S:
+                break
+            time.sleep(0.1)
+    for server, begin in begun.items():
+        try:
+            server.wait_ready(timeout_s=START_S)
+        except RuntimeError as error:
+            print(error)
+            return False
+        print(f"{server.name} ready after {time.monotonic() - begin:.1f} s", flush=True)
     return True
 
 
@@ -96,28 +109,48 @@ def member(ledger: Ledger, name: str) -> Any:
     return next(m for m in ledger.members() if m.name == name)
 
 
-def handover(ledger: Ledger, path: Path, servers: dict[str, Server], args: Any) -> dict[str, Any]:
+def forget(server: Server) -> None:
+    """Empties its prefix cache; the pages stay with it as far as its `parked` allows."""
+    status, said = server.post("/reset_prefix_cache", {}, timeout_s=30)
+    if status != 200:
+        raise RuntimeError(f"{server.name} did not reset its prefix cache: {status} {said}")
+    # A pass sees what has lost its content.
+    burst(server, equal_prompts(1, 4, 1), 1)
+
+
+def handover(
+    ledger: Ledger, path: Path, servers: dict[str, Server], args: Any, *, parked: bool = False
+) -> dict[str, Any]:
     alice, bob = servers["alice"], servers["bob"]
-    seed = 0
-    while ledger.available() > args.free and seed < 40:
+    want = int(args.gib * GIB)
+    forget(bob)
+    end = time.monotonic() + 20
+    while member(ledger, "bob").leased > want // 10 and time.monotonic() < end:
+        time.sleep(0.1)
+    seed = 100 if parked else 0
+    while ledger.available() > args.free and seed % 100 < 40:
         burst(alice, equal_prompts(args.fill, args.prompt, seed), 1)
         seed += 1
+    if parked:
+        forget(alice)
     time.sleep(1)
-    before = {name: member(ledger, name).leased for name in NAMES}
-    cached = member(ledger, "alice").cached
+    before = {name: member(ledger, name) for name in ("alice", "bob")}
     with Sampler(path) as sampler:
         # One prompt takes all in one step: with several, bob would compute the first meanwhile.
-        failed = at_once(bob, equal_prompts(1, args.bob_prompt, 9999))
-    want = int(args.gib * GIB)
+        failed = at_once(bob, equal_prompts(1, args.bob_prompt, 9999 - parked))
     rows = sampler.rows
     start = next((t for t, row in rows if row["bob"].demand > 0), rows[0][0])
-    given = next((t for t, r in rows if before["alice"] - r["alice"].leased >= want), None)
-    held = next((t for t, r in rows if r["bob"].committed - before["bob"] >= want), None)
+    had = before["alice"].leased
+    given = next((t for t, r in rows if had - r["alice"].leased >= want), None)
+    had = before["bob"].committed
+    held = next((t for t, r in rows if r["bob"].committed - had >= want), None)
     return {
-        "alice_leased_before": before["alice"],
-        "alice_cached_before": cached,
+        "alice_leased_before": before["alice"].leased,
+        "alice_cached_before": before["alice"].cached,
+        "alice_parked_before": before["alice"].parked,
         "given_back_s": None if given is None else given - start,
         "held_by_bob_s": None if held is None else held - start,
+        "held_gib_s": None if held is None else round(args.gib / (held - start), 1),
         "bob_peak": max(r["bob"].committed for _, r in rows),
         "failed": failed,
         "samples": len(rows),
@@ -223,31 +256,40 @@ def main() -> int:
     parser.add_argument("--burst", type=int, default=60, help="prompts of a burst while training")
     parser.add_argument("--free", type=int, default=64 << 20, help="full enough below this")
     parser.add_argument("--seconds", type=float, default=40, help="of training")
-    parser.add_argument("--parts", nargs="+", default=["handover", "limit", "training"])
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs of each engine")
+    parser.add_argument("--headroom", default="", help="kept free of KV caches, e.g. 64GiB")
+    parser.add_argument("--parts", nargs="+", default=["handover", "parked", "limit", "training"])
     parser.add_argument("--tiny", action="store_true", help="tiny models on the CPU, to try it")
     args = parser.parse_args()
+    # Ended from outside, the servers must end as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     spec = replace(LLAMA if args.tiny else LLAMA_8B, max_len=131072)
     report: dict[str, Any] = {"command": " ".join(sys.argv)}
     options = ["--load-format=dummy", "--max-num-seqs=256"]
     options += ["--dtype=float32" if args.tiny else "--dtype=bfloat16", "--enforce-eager"]
+    options.append(f"--tensor-parallel-size={args.tensor_parallel}")
     if not args.tiny:
         cost = [sys.executable, str(Path(__file__).with_name("driver_cost.py"))]
-        cost += ["--gib", str(args.gib)]
+        cost += ["--gib", str(args.gib), "--gpus", str(args.tensor_parallel)]
         for name, flags in (("driver", []), ("driver_beside_a_busy_process", ["--busy"])):
-            done = subprocess.run([*cost, *flags], capture_output=True, text=True, check=True)
+            done = subprocess.run([*cost, *flags], stdout=subprocess.PIPE, check=True)
             report[name] = json.loads(done.stdout)
             print(name, report[name], flush=True)
     with tempfile.TemporaryDirectory(prefix="kvcached-many-") as name, ExitStack() as stack:
         folder = Path(name)
         model = make_tiny_model(folder / "model", spec, weights=False)
         servers = {}
-        for name in NAMES:
+        for name in NAMES if {"limit", "training"} & set(args.parts) else NAMES[:2]:
             env = {
                 "ENABLE_KVCACHED": "true",
                 "KVCACHED_NAME": name,
                 "KVCACHED_LEDGER_DIR": str(folder / "ledger"),
-                "KVCACHED_HEADROOM": "0" if args.tiny else "1GiB",
+                "KVCACHED_HEADROOM": args.headroom or ("0" if args.tiny else "1GiB"),
+                # For /reset_prefix_cache.
+                "VLLM_SERVER_DEV_MODE": "1",
             }
+            if name == "alice":
+                env["KVCACHED_PARKED"] = "1TiB"
             if args.tiny:
                 env |= {"KVCACHED_CAPACITY": "96MiB", "KVCACHED_PAGE_SIZE": "256KiB"}
             length = max(8192, args.bob_prompt + 64 if name == "bob" else 0)
@@ -255,21 +297,27 @@ def main() -> int:
             server = Server(name, model, folder, options + size, env, fixed=args.tiny)
             stack.callback(server.stop)
             servers[name] = server
-            if not came_up(server):
-                return 1
-        (path,) = (folder / "ledger").glob("*.ledger")
+        if not come_up(servers.values()):
+            return 1
+        # Ranks of one engine keep equal accounts, each in the ledger of its GPU.
+        path = min((folder / "ledger").glob("*.ledger"))
         ledger = Ledger(path)
         print({m.name: (m.static_bytes >> 20, m.leased >> 20) for m in ledger.members()})
         print("available MiB", ledger.available() >> 20, "external", ledger.external >> 20)
         report["available_when_idle"] = ledger.available()
         parts = {
             "handover": lambda: handover(ledger, path, servers, args),
+            "parked": lambda: handover(ledger, path, servers, args, parked=True),
             "limit": lambda: limit(ledger, path, servers, args),
             "training": lambda: training(ledger, servers, args),
         }
         for part in args.parts:
-            report[part] = parts[part]()
-            print(part, json.dumps(report[part]), flush=True)
+            report[part] = found = parts[part]()
+            held_s, driver = found.get("held_by_bob_s"), report.get("driver")
+            if held_s and driver:
+                # One gives and the other takes what the driver alone gave and took.
+                found["of_the_drivers_rate"] = (driver["take_s"] + driver["give_s"]) / held_s
+            print(part, json.dumps(found), flush=True)
         report["members"] = {
             m.name: {"counters": dict(m.counters), "passed_over": m.passed_over}
             for m in ledger.members()

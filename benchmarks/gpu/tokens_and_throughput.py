@@ -48,7 +48,7 @@ Generate = Callable[[list[list[int]], int], list[list[int]]]
 
 
 class DeviceMemory:
-    """Samples the bytes in use on GPU 0 by anybody; nothing without a GPU."""
+    """Samples the bytes that anybody uses on the GPU that engines see first; else nothing."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -58,7 +58,8 @@ class DeviceMemory:
             import pynvml
 
             pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+            first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+            handle = pynvml.nvmlDeviceGetHandleByIndex(int(first))
             self._read = lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
             self._read()
         except Exception as error:

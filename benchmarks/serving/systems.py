@@ -3,7 +3,8 @@
 
 A system is written `name[:setting=value]...`, with `-mps` after the name to run it under MPS:
 
-- `static`: the unpatched engine, each with an equal part of the GPU.
+- `static`: the unpatched engine, each with an equal part of the GPU, or with so much memory for its
+  KV cache as the setting `kv_cache` says (`static:kv_cache=2GiB`).
 - `elastic`: the patched engine with the feature on; settings are kvcached's, e.g. `page_size=4MiB`.
 - `off`: the patched engine with the feature off.
 - `kvcached`: the public kvcached over the unpatched engine; settings are its own variables.
@@ -18,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvcached_core.units import parse_size
 from tests.support.engines import Flavor, engine_environment
 
 NAMES = ("static", "elastic", "off", "kvcached")
@@ -47,7 +49,8 @@ class System:
         settings = {}
         for option in options:
             key, equals, value = option.partition("=")
-            if not equals or kind not in ("elastic", "kvcached"):
+            known = kind in ("elastic", "kvcached") or (kind == "static" and key == "kv_cache")
+            if not equals or not known:
                 raise ValueError(f"{option!r} in {text!r} is not understood")
             settings[key] = value
         return cls(text, kind, name != kind, settings)
@@ -61,8 +64,11 @@ class System:
         """`one` server after another, `all` at once, or `stagger`: the next once one has profiled.
 
         Engines measure the memory they need while they start; others that start then falsify it.
-        An elastic engine asks for nothing that depends on it but the memory of its graphs.
+        An elastic engine asks for nothing that depends on it but the memory of its graphs, and one
+        that is told the size of its KV cache for nothing at all.
         """
+        if "kv_cache" in self.settings:
+            return "all"
         return "stagger" if self.kind == "elastic" else "one"
 
     def environment(self, name: str, ledger: Path, extra: Mapping[str, str]) -> dict[str, str]:
@@ -88,6 +94,10 @@ class System:
 
     def share(self, servers: int) -> list[str]:
         """The part of the GPU each server may take, where it is told at start."""
+        if "kv_cache" in self.settings:
+            size = parse_size(self.settings["kv_cache"])
+            # The part of the GPU is only looked at to refuse a start.
+            return [f"--kv-cache-memory-bytes={size}", "--gpu-memory-utilization=0.01"]
         if self.kind in ("static", "off"):
             # Three get 0.31 each: what is left over are their CUDA contexts.
             return [f"--gpu-memory-utilization={int(9300 / servers) / 10000}"]
