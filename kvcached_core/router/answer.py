@@ -30,6 +30,9 @@ _TRY_ANOTHER = frozenset((502, 503, 504))
 _NOT_REACHED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 _MOST_BROKEN = 2
 """Engines that may break down over one request."""
+_PIECE = 64 << 10
+"""Most bytes passed on at once: a client that does not read has two of them, beside what lies in
+the engine's connection."""
 
 
 class Broken(Exception):
@@ -69,8 +72,8 @@ class Answer:
             await anyio.lowlevel.checkpoint()
             try:
                 with anyio.fail_after(stall_s):
-                    # All that has come meanwhile: a slow moment makes larger pieces, not a queue.
-                    chunk = await self.response.content.readany()
+                    # What has come meanwhile: a slow moment makes larger pieces, not a queue.
+                    chunk = await self.response.content.read(_PIECE)
             except aiohttp.ClientError as error:
                 raise Broken(_reason(error)) from None
             except TimeoutError:
@@ -161,7 +164,7 @@ async def _ask(stack: contextlib.AsyncExitStack, replica: Replica, call: Call) -
     # Also when the request is cancelled: an answer that was not read to its end ends the
     # connection, which tells the engine to stop.
     stack.callback(response.close)
-    return Answer(replica, response, await response.content.readany())
+    return Answer(replica, response, await response.content.read(_PIECE))
 
 
 def _reason(error: aiohttp.ClientError) -> str:

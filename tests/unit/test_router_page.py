@@ -113,7 +113,7 @@ def test_buttons_change_memory(page: Any, site: Site) -> None:
     page.wait_for_selector("#notice:has-text('limit 400.0 MiB (was none), in effect')")
     assert site.members()["llama-8b"].limit == 400 * MIB
     assert site.members()["llama-8b"].leased <= 400 * MIB
-    page.wait_for_function("document.querySelector('#memory').innerText.includes('400 MiB')")
+    page.locator("#memory", has_text="400 MiB").wait_for()
 
     row.get_by_role("button", name="Trim cache").click()
     page.wait_for_selector("#notice:has-text('gave back')")
