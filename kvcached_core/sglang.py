@@ -23,7 +23,7 @@ from .plan import ArenaShape, RankDevice, StepOps, WorkerBinding
 from .scheduler import CachedBlocks, ElasticScheduler, geometry_of
 from .sglang_checks import check_backends, check_model, check_supported, load_config
 from .sglang_load import PoolKind, States, Tokens, load_of, pool_tokens
-from .sleep.sglang import SglangSleep, weights_of
+from .sleep.sglang import Reload, SglangSleep, weights_of
 from .static_memory import StaticMemory, follow_static
 from .tree_eviction import nodes_to_evict
 from .waker import Waker
@@ -88,7 +88,7 @@ class SglangRank:
         own_bytes: held on the device by the framework, weights included that are to be moved.
         num_pools: pools there will be.
         is_rocm: whether a ``cuda`` device is a ROCm device.
-        model: if the engine is to sleep, whose weights are moved to where they can.
+        runner: if the engine is to sleep, whose model's weights are moved to where they can.
     """
 
     def __init__(
@@ -100,16 +100,16 @@ class SglangRank:
         own_bytes: int = 0,
         num_pools: int = 1,
         is_rocm: bool = False,
-        model: Any = None,
+        runner: Any = None,
     ) -> None:
         self.config = load_config(server_args)
         self.kind = "host" if server_args.device == "cpu" else "hip" if is_rocm else "cuda"
         self.sleep: SglangSleep | None = None
         """What the engine's memory saver does here; None without one."""
-        if model is not None:
+        if runner is not None:
             place = (ranks.rank, ranks.size)
-            weights = weights_of(server_args, self.config, self.kind, ordinal, model, place)
-            self.sleep = SglangSleep(self, ranks, weights)
+            weights = weights_of(server_args, self.config, self.kind, ordinal, runner.model, place)
+            self.sleep = SglangSleep(self, ranks, weights, Reload(runner))
         self.order = PassOrder()
         self._backend: Backend = open_backend(self.kind, ordinal, self.config)
         self._ranks = ranks

@@ -130,7 +130,7 @@ class VllmEngine(_HttpEngine):
 
 
 class SglangEngine(_HttpEngine):
-    """SGLang, which has one level of sleep and does not tell whether it sleeps."""
+    """SGLang, which does not tell whether it sleeps."""
 
     _REMEDY = "start it with --enable-memory-saver"
 
@@ -161,8 +161,33 @@ class SglangEngine(_HttpEngine):
     async def sleep(self, level: int, timeout: float) -> None:
         # The token of a probe is a request in flight, under which it does not sleep, or even ends.
         await self._quiet.wait()
+        await self._require(level, timeout)
+        body = {} if level == 1 else {"level": level}
         path = "/release_memory_occupation"
-        await self._call("POST", path, timeout, json={}, remedy=self._REMEDY)
+        await self._call("POST", path, timeout, json=body, remedy=self._REMEDY)
+
+    async def _require(self, level: int, timeout: float) -> None:
+        """Its endpoints are there however it was started, and answer 200."""
+        remedy = "use a release that tells how it was started"
+        response = await self._call("GET", "/server_info", timeout, remedy=remedy)
+        try:
+            known = response.json()
+            ours = bool(known.get("kvcached_sleep"))
+            saves = bool(known.get("enable_memory_saver"))
+            keeps = bool(known.get("enable_weights_cpu_backup"))
+        except (ValueError, AttributeError, RecursionError):
+            raise EngineError(f"{self._client.base_url}: GET /server_info: no such") from None
+        if ours:
+            return
+        problem = ""
+        if not saves:
+            problem = f"would keep its memory: {self._REMEDY}"
+        elif level == 2:
+            problem = "would not load its weights again: use level 1, or --enable-kvcached"
+        elif not keeps:
+            problem = "would lose its weights: start it with --enable-weights-cpu-backup"
+        if problem:
+            raise Unsupported(f"{self._client.base_url} {problem}")
 
     async def wake(self, level: int, timeout: float) -> None:
         path = "/resume_memory_occupation"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from .worker_sleep import Group, WorkerSleep
 if TYPE_CHECKING:
     from ..sglang import Ranks, SglangRank
 
+log = logging.getLogger(__name__)
 TAGS = ("weights", "kv_cache", "cuda_graph")
 """SGLang's. Graphs stay: they hold no content of their own but what a capture allocated."""
 
@@ -33,12 +35,14 @@ class SglangSleep:
         rank: whose KV cache goes with the weights.
         ranks: of the engine.
         worker: this rank's weights.
+        reload: loads them again.
     """
 
-    def __init__(self, rank: SglangRank, ranks: Ranks, worker: WorkerSleep) -> None:
+    def __init__(self, rank: SglangRank, ranks: Ranks, worker: WorkerSleep, reload: Reload) -> None:
         self._rank = rank
         self._ranks = ranks
         self._worker = worker
+        self._reload = reload
         self._asleep: set[str] = set()
         self._spare = 0
 
@@ -47,18 +51,24 @@ class SglangSleep:
         """Whether anything a request needs is away."""
         return bool(self._asleep)
 
-    def release(self, tags: Sequence[str] | None) -> str:
+    def release(self, tags: Sequence[str] | None, level: int = 1) -> str:
         """Give memory up, on an idle engine whose prefix cache is empty.
 
         Args:
             tags: what goes; None or nothing for all.
+            level: 1 keeps the weights on the host. 2 drops them: to resume all loads them again,
+                to resume tags leaves that to whoever does it.
 
         Returns:
             Why it could not be, with all as it was, or nothing.
         """
+        if level not in (1, 2):
+            return f"kvcached cannot sleep: there is no level {level}, only 1 and 2"
+        if level == 2 and not tags and self._reload.obstacle:
+            return f"kvcached cannot sleep: {self._reload.obstacle}"
         new = set(tags or TAGS) - self._asleep
         if "weights" in new:
-            failed = self._try_all(lambda: self._worker.sleep(1))
+            failed = self._try_all(lambda: self._worker.sleep(level))
             if failed:
                 self._worker.wake()
                 return f"kvcached cannot sleep: {failed}"
@@ -85,7 +95,9 @@ class SglangSleep:
         old = set(tags or TAGS) & self._asleep
         if "weights" in old:
             coming = self._ranks.gather(self._away())
-            failed = self._lead(coming) if self._rank.scheduler is not None else self._follow()
+            load = self._worker.level == 2 and not tags
+            leads = self._rank.scheduler is not None
+            failed = self._lead(coming, load) if leads else self._follow(load)
             if failed:
                 return failed
             self._spare = 0
@@ -96,13 +108,13 @@ class SglangSleep:
     def _away(self) -> int:
         return self._worker.away() + self._spare
 
-    def _lead(self, coming: Sequence[int]) -> str:
+    def _lead(self, coming: Sequence[int], load: bool) -> str:
         scheduler = self._rank.scheduler
         assert scheduler is not None and scheduler.sleep is not None
         try:
             with scheduler.sleep.waking(coming):
                 self._ranks.broadcast("")
-                if failed := self._wake_all():
+                if failed := self._wake_all(load):
                     raise _Failed(failed)
         except (WakeRefused, VmmError) as error:
             self._ranks.broadcast(str(error))
@@ -111,13 +123,15 @@ class SglangSleep:
             return str(error)
         return ""
 
-    def _follow(self) -> str:
+    def _follow(self, load: bool) -> str:
         refused = self._ranks.broadcast(None)
-        return str(refused) if refused else self._wake_all()
+        return str(refused) if refused else self._wake_all(load)
 
-    def _wake_all(self) -> str:
+    def _wake_all(self, load: bool) -> str:
         def wake() -> None:
             self._worker.wake()
+            if load:
+                self._reload()
             self._worker.finish()
 
         failed = self._try_all(wake)
@@ -142,6 +156,58 @@ class SglangSleep:
 
     def close(self) -> None:
         self._worker.close()
+
+
+class Reload:
+    """Loads a rank's weights again, into the memory in which they were.
+
+    Args:
+        runner: the engine's, which has the model.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+
+    @property
+    def obstacle(self) -> str:
+        """Why that cannot be, or nothing."""
+        args, config = self._runner.server_args, self._runner.model_config
+        if args.load_format == "dummy":
+            reason = "weights that --load-format=dummy made up"
+        elif config.quantization is not None:
+            reason = "quantized weights, which are no longer what was loaded,"
+        else:
+            return ""
+        return (
+            f"{reason} cannot be loaded again. Use level 1, or name the tags, and update the "
+            "weights yourself after they are resumed"
+        )
+
+    def __call__(self) -> None:
+        """Load them.
+
+        Raises:
+            OSError: it cannot be; what the weights are now is undefined.
+        """
+        if self.obstacle:
+            raise OSError(self.obstacle)
+        args = self._runner.server_args
+        before = {name: tensor.data for name, tensor in self._runner.model.named_parameters()}
+        try:
+            done, said = self._runner.update_weights_from_disk(args.model_path, args.load_format)
+        except Exception as error:  # whatever loaders raise
+            log.exception("loading %s again", args.model_path)
+            done, said = False, str(error) or type(error).__name__
+        if not done:
+            raise OSError(f"{args.model_path} cannot be loaded again: {said}")
+        # What is done to weights after they are loaded may put them elsewhere.
+        for name, tensor in self._runner.model.named_parameters():
+            place = before.get(name)
+            if place is None or place.shape != tensor.shape or place.dtype != tensor.dtype:
+                raise OSError(f"{name} is another tensor once it is loaded again: use level 1")
+            if place.data_ptr() != tensor.data_ptr():
+                place.copy_(tensor.data)
+                tensor.data = place
 
 
 def weights_of(

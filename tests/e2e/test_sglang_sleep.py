@@ -93,7 +93,7 @@ def test_a_hundred_cycles(alone: Alone) -> None:
     pages = resident = 0
     with LedgerWatch(Path(ledger.path)) as watch:
         for cycle in range(CYCLES):
-            server.sleep()
+            server.sleep(level=2 if cycle % 10 == 9 else 1)
             now = account(ledger, server.name)
             asleep = asleep or now
             assert now == asleep, f"cycle {cycle}"
@@ -138,6 +138,21 @@ def test_tags(alone: Alone) -> None:
     alone.server.wake("kv_cache")
     assert alone.ask() == alone.tokens
     alone.server.wake()  # again is fine
+
+
+def test_dropped_weights_come_back_by_whoever_names_the_tags(alone: Alone, models: Models) -> None:
+    server = alone.server
+    server.sleep("kv_cache")
+    server.sleep("weights", level=2)
+    assert not list(server.log.parent.glob("weights/*.weights")), "there is a copy"
+    server.wake("weights")
+    status, text = server.post("/update_weights_from_disk", {"model_path": str(models.llama)})
+    assert status == 200, text
+    server.wake("kv_cache")
+    assert alone.ask() == alone.tokens
+    status, text = server.try_sleep(level=3)
+    assert status == 400 and "level 3" in text
+    assert alone.ask() == alone.tokens
 
 
 def test_no_room_is_an_answer_that_says_who_has_it(alone: Alone) -> None:
@@ -224,8 +239,8 @@ def test_two_ranks_sleep_and_wake_alike(
         ledger = Ledger(tmp_path / "ledger" / "host-0.ledger")
         awake = account(ledger, "ranks")
         expected = tokens_of(server, prompts)
-        for _ in range(5):
-            server.sleep()
+        for cycle in range(5):
+            server.sleep(level=1 + cycle % 2)
             assert account(ledger, "ranks").static == 0
             server.wake()
             assert account(ledger, "ranks").static == awake.static

@@ -78,14 +78,15 @@ class SglangSleeper(SglangServer):
             env |= {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_NCCL_SO_PATH": "none"}
         super().__init__(name, model, folder, ("--enable-memory-saver", *args), env, host=host)
 
-    def try_sleep(self, *tags: str) -> tuple[int, str]:
-        return self.post("/release_memory_occupation", {"tags": tags} if tags else {})
+    def try_sleep(self, *tags: str, level: int = 1) -> tuple[int, str]:
+        body = ({"tags": tags} if tags else {}) | ({"level": level} if level != 1 else {})
+        return self.post("/release_memory_occupation", body)
 
     def try_wake(self, *tags: str) -> tuple[int, str]:
         return self.post("/resume_memory_occupation", {"tags": tags} if tags else {})
 
-    def sleep(self, *tags: str) -> None:
-        status, text = self.try_sleep(*tags)
+    def sleep(self, *tags: str, level: int = 1) -> None:
+        status, text = self.try_sleep(*tags, level=level)
         assert status == 200, text
 
     def wake(self, *tags: str) -> None:

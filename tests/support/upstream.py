@@ -56,6 +56,8 @@ class Upstream:
     wakes: int = 0
     reloads: int = 0
     """Of the weights, after they were dropped."""
+    server_info: dict[str, Any] = field(default_factory=lambda: {"kvcached_sleep": True})
+    """What SGLang says of how it was started."""
     probes: int = 0
     probing: int = 0
     """Probes it has now."""
@@ -89,6 +91,7 @@ class Upstream:
                 Route("/is_sleeping", self._is_sleeping),
                 Route("/collective_rpc", self._reload, methods=["POST"]),
                 Route("/model_info", self._model_info),
+                Route("/server_info", self._server_info),
                 Route("/probes", self._probes),
                 Route("/release_memory_occupation", self._sleep, methods=["POST"]),
                 Route("/resume_memory_occupation", self._wake, methods=["POST"]),
@@ -178,6 +181,9 @@ class Upstream:
 
     async def _probes(self, _: Request) -> Response:
         return JSONResponse(self.probes)
+
+    async def _server_info(self, _: Request) -> Response:
+        return JSONResponse(self.server_info)
 
     async def _model_info(self, _: Request) -> Response:
         return JSONResponse({})

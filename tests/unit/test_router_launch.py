@@ -327,6 +327,9 @@ def test_a_command_is_made_from_the_settings() -> None:
         "--port", "8001", "--served-model-name", "n", "--enable-sleep-mode",
         "--x", "8001 n", "--y", "2",
     ]  # fmt: skip
+    sglang = command(model, replica.model_copy(update={"engine": "sglang"}))
+    assert sglang[1:5] == ["-m", "sglang.launch_server", "--model-path", "/m"]
+    assert {"--enable-memory-saver", "--enable-weights-cpu-backup"} < set(sglang)
     base = {"PATH": "/bin", "ROUTER_KEY": "secret", "CUDA_MPS_PIPE_DIRECTORY": "/elsewhere"}
     env = environment(model, replica, GpuSettings(device=1), base, {"ROUTER_KEY"})  # type: ignore
     assert env == {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "1", "VLLM_SERVER_DEV_MODE": "1",

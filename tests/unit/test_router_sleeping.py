@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -176,6 +177,39 @@ def test_sglang_is_asked_by_its_own_names(tmp_path: Path) -> None:
             assert engine.seen[-1] == ("/release_memory_occupation?", {}, b"{}")
             assert (await s.complete()).status_code == 200
             assert (engine.sleeps, engine.wakes) == (1, 1)
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("level", "started", "said"),
+    [
+        (1, {"kvcached_sleep": True}, ""),
+        (2, {"kvcached_sleep": True}, ""),
+        (1, {"enable_memory_saver": True, "enable_weights_cpu_backup": True}, ""),
+        (1, {"enable_memory_saver": True}, "--enable-weights-cpu-backup"),
+        (2, {"enable_memory_saver": True, "enable_weights_cpu_backup": True}, "--enable-kvcached"),
+        (1, {"kvcached_sleep": False}, "--enable-memory-saver"),
+        (1, [], "/server_info"),
+    ],
+)
+def test_sglang_sleeps_if_it_would_wake_with_its_weights(
+    tmp_path: Path, level: int, started: Any, said: str
+) -> None:
+    async def main() -> None:
+        async with site(tmp_path, engine := Upstream(server_info=started)) as s:
+            replicas = [{"url": s.urls[0], "engine": "sglang"}]
+            model = {"name": "m", "replicas": replicas, "sleep": {"level": level}}
+            s.reconfigure({"models": [model]})
+            s.router.reload()
+            answer = (await s.client.post("/action/sleep/m")).json()
+            assert answer["success"] is not bool(said)
+            assert said in answer["message"]
+            assert engine.sleeps == (not said)
+            if not said:
+                body = b"{}" if level == 1 else b'{"level":2}'
+                assert engine.seen[-1] == ("/release_memory_occupation?", {}, body)
+            assert (await s.complete()).status_code == 200
 
     run(main)
 

@@ -14,7 +14,11 @@ _MODULES = {
     "vllm": ("vllm.entrypoints.openai.api_server", "--model"),
     "sglang": ("sglang.launch_server", "--model-path"),
 }
-_SLEEP_MODE = {"vllm": "--enable-sleep-mode", "sglang": "--enable-memory-saver"}
+_SLEEP_MODE = {
+    "vllm": ("--enable-sleep-mode",),
+    # The second is for an engine without kvcached, which would lose its weights.
+    "sglang": ("--enable-memory-saver", "--enable-weights-cpu-backup"),
+}
 
 
 def command(model: ModelSettings, replica: ReplicaSettings) -> list[str]:
@@ -26,7 +30,7 @@ def command(model: ModelSettings, replica: ReplicaSettings) -> list[str]:
     words = [launch.python, "-m", module, flag, str(launch.model)]
     words += ["--host", "127.0.0.1", "--port", str(launch.port), "--served-model-name", model.name]
     if sleeps_by_itself(model):
-        words.append(_SLEEP_MODE[replica.engine])
+        words += _SLEEP_MODE[replica.engine]
     return [*words, *(_fill(word, model, launch) for word in launch.args)]
 
 
