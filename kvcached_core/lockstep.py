@@ -112,6 +112,7 @@ class Leader:
     def __init__(self, scheduler: ElasticScheduler, ranks: int) -> None:
         self.scheduler = scheduler
         self._journal: list[Act] | None = [] if ranks > 1 else None
+        self._told: tuple[Room, ...] = ()
 
     def plan(self, load: Load) -> tuple[PassOrder, StepOps]:
         """Begin and end a pass: all its growing is done before the engine schedules.
@@ -122,6 +123,10 @@ class Leader:
         scheduler, pools = self.scheduler, self.scheduler.pools
         scheduler.acts.journal = self._journal
         scheduler.begin_pass(load.running, load.waiting)
+        if self._has_all(load):
+            # Whoever waits for nothing asks for no room, so it may be what it was.
+            ops = scheduler.take_ops(1, load.needs[0].needed_blocks)
+            return PassOrder(self._acts(), self._told), _at_once(ops)
         cached = [pool.num_cached for pool in pools]
         needed, promised = self._to_hold(load, cached)
         running = [need.running_blocks for need in load.needs]
@@ -150,11 +155,24 @@ class Leader:
             short[first] += scheduler.growable_blocks(first)
             scheduler.note_shortage(*(max(0, blocks) for blocks in short))
         ops = scheduler.take_ops(1, hold)
+        acts = self._acts()
+        self._told = self._rooms(load, promised)
+        return PassOrder(acts, self._told), _at_once(ops)
+
+    def _acts(self) -> tuple[Act, ...]:
         acts = tuple(self._journal or ())
         if self._journal is not None:
             self._journal.clear()
-        rooms = self._rooms(load, promised)
-        return PassOrder(acts, rooms), _at_once(ops)
+        return acts
+
+    def _has_all(self, load: Load) -> bool:
+        """Whether nobody wants anything, and what runs finds its blocks without a look at what
+        could be had.
+        """
+        if not self.scheduler.quiet or load.waiting:
+            return False
+        need = load.needs[0]
+        return max(need.needed_blocks, need.wanted_blocks) <= self.scheduler.allocator.num_clean
 
     def _growable(self, wanted: Sequence[int]) -> list[int]:
         """Blocks of every pool that could be had beside what is wanted of the others."""
@@ -200,5 +218,7 @@ class Leader:
 
 def _at_once(ops: StepOps) -> StepOps:
     """The engine takes blocks after this, and may take any that are clean: none is for later."""
+    if not (ops.commit_ahead or ops.others):
+        return ops
     others = tuple(_at_once(other) for other in ops.others)
     return StepOps(ops.commit + ops.commit_ahead, [], ops.decommit, others)

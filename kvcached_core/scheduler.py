@@ -120,7 +120,7 @@ class ElasticScheduler:
         self._quiet_until = -math.inf
         self._plain = False
         self._now = 0.0
-        self._counted = (0, 0)
+        self._counted = (0, 0, 0)
         self._growable = 0
         self._limits_cache = False
         self._attended = 0
@@ -226,6 +226,11 @@ class ElasticScheduler:
         """The same of the first pool, from a few passes ago where nobody wants anything."""
         quiet = time.monotonic() < self._quiet_until
         return self._growable if quiet else self.growable_blocks()
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nobody wanted anything when this pass began, nor in the last one."""
+        return self._quiet and self._plain
 
     @property
     def gives(self) -> bool:
@@ -337,8 +342,8 @@ class ElasticScheduler:
             scheduled_tokens: tokens the step runs; 0 if nothing could be scheduled.
             needed_blocks: clean blocks the step is still to take, of every pool.
         """
-        if self._quiet and self._plain and scheduled_tokens and not needed_blocks:
-            quiet = self._end_quietly()
+        if self.quiet and scheduled_tokens and isinstance(needed_blocks, int):
+            quiet = self._end_quietly(needed_blocks)
             if quiet is not None:
                 return quiet
         needed = [needed_blocks] if isinstance(needed_blocks, int) else needed_blocks
@@ -381,23 +386,26 @@ class ElasticScheduler:
             self._bell.wait(_STARVED_PAUSE_MS)
         return replace(ops[0], others=tuple(ops[1:])) if len(ops) > 1 else ops[0]
 
-    def _end_quietly(self) -> StepOps | None:
+    def _end_quietly(self, needed: int) -> StepOps | None:
         """The end of a pass in which nobody wants anything: only what its own blocks bring about.
 
         None where there is more to do, after all.
         """
         pool = self.pools[0]
+        pages = pool.pages_for(needed) if needed else 0
         if not self._demand.idle or pool.decommit or pool.decay.is_due(self._now):
             return None
         self._busy = True
-        counted = (pool.allocator.num_live, pool.allocator.num_clean)
+        counted = (pool.allocator.num_live, pool.allocator.num_clean, needed)
         if counted == self._counted and not pool.commit:
             return _NOTHING
         self._counted = counted
-        pool.decay.dip(max(0, pool.allocator.parked_pages - self._parked_pages(pool)))
+        pool.keep_pages = pages
+        unused = pool.allocator.parked_pages - self._parked_pages(pool) - pages
+        pool.decay.dip(max(0, unused))
         commit, pool.commit = pool.commit, []
         self._forecasts[0].observe(self.apart)
-        self._commit_ahead(0, 0, mapping=bool(commit))
+        self._commit_ahead(0, needed, mapping=bool(commit))
         ahead, pool.commit = pool.commit, []
         self._told.spare()
         return StepOps(commit, ahead, [])

@@ -221,6 +221,74 @@ def test_pages_for_growth_to_come_are_committed_on_every_rank(ledger: Ledger) ->
     assert ids(group.plan(load(6)).commit) == set(range(6, 16))
 
 
+def test_what_has_its_blocks_looks_at_nothing(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvcached_core.scheduler._LOOK_S", 3600.0)
+    group = make(ledger, ahead_bytes=4 * PAGE)
+    for _ in range(2):
+        group.plan(load(4))
+    room = group.order.room()
+    looked = 0
+
+    def look(*args: Any) -> int:
+        nonlocal looked
+        looked += 1
+        return room.reachable_blocks
+
+    monkeypatch.setattr(group.scheduler, "growable_blocks", look)
+    for _ in range(3):
+        assert group.plan(load(4)) == StepOps([], [], [])
+        assert group.order == PassOrder((), (room,))
+    assert not looked
+    # What it lacks, what it wants and who waits end that.
+    for more in (load(9), load(1, wanted=100), load(1, waiting=[Tokens(16)])):
+        group.plan(more)
+        assert looked
+        looked = 0
+        group.plan(load())
+        looked = 0
+
+
+def test_quiet_passes_commit_and_park_as_others_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    for look_s in (0.0, 3600.0):
+        monkeypatch.setattr("kvcached_core.scheduler._LOOK_S", look_s)
+        ledger = Ledger(str(tmp_path / f"{look_s}.ledger"), 256 * PAGE)
+        group = make(ledger, ahead_bytes=2 * PAGE, block_bytes=PAGE // 4)
+        group.plan(load(1))
+        held: list[int] = []
+        steps = []
+        for step in range(200):
+            # As in a decode: most passes take nothing, and at times a request ends.
+            new = 3 if step % 5 == 0 else 0
+            ops = group.plan(load(new))
+            held += group.take(new)
+            if step % 20 == 19:
+                group.free(held[:6])
+                held = held[6:]
+            steps.append((ids(ops.commit), ids(ops.decommit), group.member.info().parked))
+        seen.append(steps)
+        assert group.scheduler.quiet == (look_s > 0)
+    assert seen[0] == seen[1]
+    assert sum(bool(grown) for grown, _, _ in seen[0]) > 3
+
+
+def test_who_waits_ends_the_quiet_of_a_group(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvcached_core.scheduler._LOOK_S", 3600.0)
+    group = make(ledger, parked_bytes=64 * PAGE)
+    group.plan(load(31))
+    group.plan(load(2))
+    neighbour = another(ledger).join("neighbour")
+    neighbour.set_demand(20 * PAGE)
+    assert len(ids(group.plan(load(2)).decommit)) >= 10
+    assert group.allocator.num_clean >= 2
+
+
 def test_it_takes_what_there_is_and_posts_the_rest(ledger: Ledger) -> None:
     group = make(ledger)
     neighbour = another(ledger).join("neighbour")
