@@ -13,7 +13,15 @@ from tests.support.elastic import check_account
 from tests.support.prompts import equal_prompts
 from tests.support.server import Server, burst
 from tests.support.tiny_model import LLAMA
-from tests.support.watch import LedgerWatch, page_memory, process_tree, read, wait_until
+from tests.support.watch import (
+    LedgerWatch,
+    page_files,
+    page_memory,
+    process_tree,
+    read,
+    size_on_host,
+    wait_until,
+)
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -37,13 +45,14 @@ class RealMemory:
 
     def __init__(self, server: Server) -> None:
         self.peak = 0
-        self._pids = process_tree(server.pid)
+        # Looked for once: a look at all files takes long on a busy machine.
+        self._files = page_files(process_tree(server.pid))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def _watch(self) -> None:
         while not self._stop.wait(0.01):
-            self.peak = max(self.peak, page_memory(self._pids))
+            self.peak = max(self.peak, size_on_host(self._files))
 
     def __enter__(self) -> RealMemory:
         self._thread.start()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -111,17 +112,29 @@ def page_memory(pids: Iterable[int]) -> int:
     The pages of a host backend lie in one anonymous file, which is sparse: its blocks are
     exactly the pages that exist.
     """
-    blocks: dict[int, int] = {}
+    return size_on_host(page_files(pids))
+
+
+def page_files(pids: Iterable[int]) -> list[Path]:
+    """Where the host pages of these processes lie."""
+    found: dict[int, Path] = {}
     for pid in pids:
-        folder = Path(f"/proc/{pid}/fd")
         try:
-            for entry in folder.iterdir():
+            for entry in Path(f"/proc/{pid}/fd").iterdir():
                 if str(entry.readlink()).startswith("/memfd:kvcached"):
-                    state = entry.stat()
-                    blocks[state.st_ino] = state.st_blocks
+                    found[entry.stat().st_ino] = entry
         except FileNotFoundError:
             continue  # The process, or the file, is gone: it holds nothing.
-    return sum(blocks.values()) * 512
+    return list(found.values())
+
+
+def size_on_host(files: Iterable[Path]) -> int:
+    """Bytes the kernel holds for files, those that are gone counted as none."""
+    size = 0
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):
+            size += file.stat().st_blocks * 512
+    return size
 
 
 def process_tree(pid: int) -> list[int]:
