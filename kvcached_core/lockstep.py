@@ -45,6 +45,8 @@ class Load:
     waiting: Sequence[Request]
     needs: tuple[Need, ...]
     """Of every pool."""
+    first_needs: tuple[Need, ...] = ()
+    """The same if only the first of those that wait were there; () where that is nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +129,13 @@ class Leader:
             # Whoever waits for nothing asks for no room, so it may be what it was.
             ops = scheduler.take_ops(1, load.needs[0].needed_blocks)
             return PassOrder(self._acts(), self._told), _at_once(ops)
+        everybody = load.needs
+        if load.first_needs and not self._could_have(everybody):
+            # Else one pool takes for all who wait what another lacks for the first, and gives it
+            # up again for that, in turns for ever.
+            load = replace(load, needs=load.first_needs)
         cached = [pool.num_cached for pool in pools]
-        needed, promised = self._to_hold(load, cached)
+        needed, promised = self._to_hold(load)
         running = [need.running_blocks for need in load.needs]
         # If there is not enough for all, no pool may take what another needs to go on.
         for targets in [needed] if len(pools) == 1 else [running, needed]:
@@ -138,22 +145,16 @@ class Leader:
                     scheduler.grow(more, index)
         clean = [pool.allocator.num_clean for pool in pools]
         missing = [need.needed_blocks - n for need, n in zip(load.needs, clean, strict=True)]
-        wanted = [need.wanted_blocks - n for need, n in zip(load.needs, clean, strict=True)]
-        growable = self._growable(wanted)
-        lack = [0 if promised else w - g for w, g in zip(wanted, growable, strict=True)]
-        short = [max(m, x) - c for m, x, c in zip(missing, lack, cached, strict=True)]
         tight = any(m > c for m, c in zip(missing, cached, strict=True))
+        short = self._short(load.needs, promised)
         # What is too little for those who wait may go to others meanwhile.
         hold = running if tight else needed
-        if (
-            max(short) > 0
-            and not scheduler.gives
-            and not (len(pools) > 1 and scheduler.giving.yield_to(short, hold))
-        ):
-            # What is free but not leased counts as missing too: the plan takes it off again.
-            first = next(index for index, blocks in enumerate(short) if blocks > 0)
-            short[first] += scheduler.growable_blocks(first)
-            scheduler.note_shortage(*(max(0, blocks) for blocks in short))
+        gives = scheduler.gives or (
+            max(short) > 0 and len(pools) > 1 and scheduler.giving.yield_to(short, hold)
+        )
+        if not gives:
+            alone = load.needs is not everybody
+            self._post(self._short(everybody, promised) if alone else short)
         ops = scheduler.take_ops(1, hold)
         acts = self._acts()
         self._told = self._rooms(load, promised)
@@ -174,6 +175,31 @@ class Leader:
         need = load.needs[0]
         return max(need.needed_blocks, need.wanted_blocks) <= self.scheduler.allocator.num_clean
 
+    def _could_have(self, needs: Sequence[Need]) -> bool:
+        """Whether every pool finds what is wanted of it beside what is wanted of the others."""
+        lack = self._lack(needs)
+        return all(x <= g for x, g in zip(lack, self._growable(lack), strict=True))
+
+    def _short(self, needs: Sequence[Need], promised: bool) -> list[int]:
+        """Blocks every pool lacks, and neither caches itself nor could lease."""
+        pools = self.scheduler.pools
+        clean = [pool.allocator.num_clean for pool in pools]
+        wanted = [need.wanted_blocks - n for need, n in zip(needs, clean, strict=True)]
+        growable = self._growable(wanted)
+        short = []
+        for pool, need, n, w, g in zip(pools, needs, clean, wanted, growable, strict=True):
+            lack = 0 if promised else w - g
+            short.append(max(need.needed_blocks - n, lack) - pool.num_cached)
+        return short
+
+    def _post(self, short: list[int]) -> None:
+        """Let others know of what pools are short of."""
+        first = next((index for index, blocks in enumerate(short) if blocks > 0), None)
+        if first is not None:
+            # What is free but not leased counts as missing too: the plan takes it off again.
+            short[first] += self.scheduler.growable_blocks(first)
+            self.scheduler.note_shortage(*(max(0, blocks) for blocks in short))
+
     def _growable(self, wanted: Sequence[int]) -> list[int]:
         """Blocks of every pool that could be had beside what is wanted of the others."""
         return [
@@ -181,7 +207,7 @@ class Leader:
             for index in range(len(self.scheduler.pools))
         ]
 
-    def _to_hold(self, load: Load, cached: Sequence[int]) -> tuple[list[int], bool]:
+    def _to_hold(self, load: Load) -> tuple[list[int], bool]:
         """Clean blocks to have, and whether the first waiting request is to be let in now."""
         scheduler = self.scheduler
         if not scheduler.contended or not load.waiting:
@@ -189,16 +215,15 @@ class Leader:
         # Who holds a part is outranked by who holds none, and they would give it to each other in
         # turns for ever. So nothing is taken for those who wait, unless the first can be let in;
         # then all of its prompt is, before that changes what else could be had.
-        lack = self._lack(load)
-        if any(x > g for x, g in zip(lack, self._growable(lack), strict=True)):
+        if not self._could_have(load.needs):
             return [need.running_blocks for need in load.needs], False
         return [max(need.needed_blocks, need.first_blocks) for need in load.needs], True
 
-    def _lack(self, load: Load) -> list[int]:
+    def _lack(self, needs: Sequence[Need]) -> list[int]:
         """Blocks the first waiting request wants that are neither clean nor cached."""
         return [
             need.wanted_blocks - pool.allocator.num_clean - pool.num_cached
-            for need, pool in zip(load.needs, self.scheduler.pools, strict=True)
+            for need, pool in zip(needs, self.scheduler.pools, strict=True)
         ]
 
     def _rooms(self, load: Load, promised: bool) -> tuple[Room, ...]:
@@ -206,7 +231,7 @@ class Leader:
         nobody would grow or ask for what is there, and they would wait for ever.
         """
         rooms = []
-        lacks = self._lack(load)
+        lacks = self._lack(load.needs)
         exact = self._growable(lacks)
         for pool, lack, growable in zip(self.scheduler.pools, lacks, exact, strict=True):
             steps = 1 if self._journal is None else pool.allocator.num_blocks // _REACHABLE_STEPS

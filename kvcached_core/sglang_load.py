@@ -116,20 +116,38 @@ def load_of(
     new = [request for request in received if getattr(request, "input_ids", None)]
     if not running and not queued and not new and chunked is None and last is None:
         return None
+    holders = running
+    if chunked is not None:
+        # Nobody can have what it holds, so what it lacks stays for it. The last to be preempted.
+        rest = _Tokens(_length(chunked) + block_tokens, chunked.kv_committed_len)
+        holders = [rest, *running]
+    waiting = [*queued, *new]
+    kinds = pools or (Tokens(block_tokens),)
+    needs = _needs(scheduler, running, waiting, block_tokens, kinds)
+    first: tuple[Need, ...] = ()
+    if len(kinds) > 1 and len(waiting) > 1:
+        first = _needs(scheduler, running, waiting[:1], block_tokens, kinds)
+    return Load(_Requests(holders), _Requests(waiting), needs, first)
+
+
+def _needs(
+    scheduler: Any,
+    running: Sequence[Any],
+    waiting: Sequence[Any],
+    block_tokens: int,
+    pools: Sequence[PoolKind],
+) -> tuple[Need, ...]:
+    """What it takes of every pool, with these requests besides the one that is between chunks."""
+    chunked = scheduler.chunked_req
     decode = sum(request.kv_committed_len % block_tokens == 0 for request in running)
     # As many tokens as one prefill may have, and the page each of its requests may leave unfilled.
     # Where there are chunks, only their size cuts one: it must fit, or its request is not let in.
     room = scheduler.chunked_prefill_size or scheduler.max_prefill_tokens
-    holders = running
     prefill = chunk = admitted = 0
     if chunked is not None:
         left = min(room, max(0, _length(chunked) - chunked.kv_committed_len))
         prefill = chunk = -(-left // block_tokens) + 1
         room -= left
-        # Nobody can have what it holds, so what it lacks stays for it. The last to be preempted.
-        rest = _Tokens(_length(chunked) + block_tokens, chunked.kv_committed_len)
-        holders = [rest, *running]
-    waiting = [*queued, *new]
     most = getattr(scheduler, "max_running_requests", None) or len(running) + len(waiting)
     for request in waiting:
         if room <= 0:
@@ -147,7 +165,7 @@ def load_of(
         ratio = scheduler.new_token_ratio_tracker.current
         to_come = _to_come(waiting[0]) + sum(_to_come(request, ratio) for request in running)
     needs = []
-    for pool in pools or [Tokens(block_tokens)]:
+    for pool in pools:
         need = now
         if isinstance(pool, States):
             need = pool.need(len(running) + (chunked is not None), admitted, bool(waiting))
@@ -166,7 +184,7 @@ def load_of(
             first = decode + chunk + -(-prompt // block_tokens) + 1
             need = Need(now.running_blocks, now.needed_blocks, wanted, first)
         needs.append(need)
-    return Load(_Requests(holders), _Requests(waiting), tuple(needs))
+    return tuple(needs)
 
 
 def most_tokens(window: int | None, chunk: int | None, block_tokens: int) -> int | None:

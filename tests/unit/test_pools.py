@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace as NS
 
 import pytest
 
@@ -12,7 +13,8 @@ from kvcached_core import ArenaShape, Ledger
 from kvcached_core.accounts import Account
 from kvcached_core.holding import Holding
 from kvcached_core.lockstep import Load, Need
-from kvcached_core.sglang_load import States, most_tokens, pool_tokens
+from kvcached_core.sglang_load import States, load_of, most_tokens, pool_tokens
+from kvcached_core.sglang_load import Tokens as TokenBlocks
 from tests.unit.test_lockstep import PAGE, Engine, Group, Tokens, another, ids
 
 FULL, WINDOW = PAGE // 2, PAGE  # bytes of a block
@@ -289,3 +291,88 @@ def test_a_state_is_no_matter_of_length(ledger: Ledger) -> None:
     group.scheduler.begin_pass()
     group.scheduler.note_shortage(*(need.wanted_blocks for need in needs))
     assert group.member.info().demand == 3 * 6 * PAGE
+
+
+SLOTS = 3
+"""A request of a recurrent model has so many states."""
+
+
+class Recurrent:
+    """An engine that lets requests in as SGLang does, with a pool of states and one of tokens."""
+
+    chunked_req = last_batch = None
+    chunked_prefill_size = 2048
+    new_token_ratio_tracker = NS(current=1.0)
+
+    def __init__(self, ledger: Ledger, requests: int) -> None:
+        self.group = Group(ledger, 1, 400, PAGE * 9 // 4, window_bytes=PAGE * 3, decay_s=0.0)
+        self.waiting_queue = [self._request() for _ in range(requests)]
+        self.running_batch = NS(reqs=[])
+        self.most_running = 0
+
+    def _request(self) -> NS:
+        return NS(
+            origin_input_ids=[1] * 48,
+            output_ids=[],
+            sampling_params=NS(max_new_tokens=48, ignore_eos=True),
+            kv_committed_len=0,
+            blocks=[],
+            slots=[],
+        )
+
+    def step(self) -> None:
+        """A pass, and a token for each request that runs."""
+        states, tokens = self.group.ranks[0]
+        running = self.running_batch.reqs
+        kinds = [States(SLOTS, states.num_live - 1), TokenBlocks(16)]
+        self.group.plan(load_of(self, [], 16, kinds))
+        room = self.group.order.room(1)
+        while self.waiting_queue:
+            request = self.waiting_queue[0]
+            length = len(request.origin_input_ids) + len(request.output_ids)
+            to_come = sum(48 - len(r.output_ids) for r in [request, *running])
+            free = 16 * (tokens.num_clean + room.reachable_blocks - room.withheld_blocks)
+            if states.num_clean < SLOTS or length + to_come + 16 > free:
+                break
+            needed = -(-length // 16)
+            if tokens.num_clean < needed:
+                break
+            running.append(self.waiting_queue.pop(0))
+            request.slots = states.allocate(SLOTS)
+            request.blocks = tokens.allocate(needed)
+            request.kv_committed_len = length
+        for request in list(running):
+            if request.kv_committed_len == 16 * len(request.blocks):
+                if not tokens.num_clean:
+                    last = running.pop()
+                    self._free(last)
+                    self.waiting_queue.insert(0, last)
+                    break
+                request.blocks += tokens.allocate(1)
+            request.kv_committed_len += 1
+            request.output_ids.append(1)
+            if len(request.output_ids) == 48:
+                running.remove(request)
+                self._free(request)
+        self.most_running = max(self.most_running, len(running))
+
+    def _free(self, request: NS) -> None:
+        states, tokens = self.group.ranks[0]
+        states.free(request.slots)
+        tokens.free(request.blocks)
+
+
+@pytest.mark.parametrize("requests", [1, 2, 6, 20])
+def test_however_many_come_at_once_all_are_served(tmp_path: Path, requests: int) -> None:
+    """One pool must not take for all of them what another lacks for the first."""
+    states, tokens = SLOTS * 9 / 4, (48 + 48 + 2 * 16) // 16 * 3
+    for fit in (1.2, 1.5, 2, 3, 10):
+        # Its null blocks' pages, and so many requests with all that is to come.
+        capacity = round((6 + fit * (states + tokens)) * PAGE)
+        engine = Recurrent(Ledger(str(tmp_path / f"{fit}.ledger"), capacity), requests)
+        for _ in range(49 * requests + 10):
+            engine.step()
+            if not engine.waiting_queue and not engine.running_batch.reqs:
+                break
+        assert not engine.waiting_queue and not engine.running_batch.reqs, fit
+        assert engine.most_running >= min(requests, int(fit)), fit
