@@ -69,9 +69,12 @@ class Accounts:
 
     def lease(self, pages: Sequence[int]) -> bool:
         """Lease ``pages[g]`` page indices of every geometry; False leaves nothing leased."""
+        return self.lease_bytes(self.costs(pages))
+
+    def lease_bytes(self, amounts: Sequence[int]) -> bool:
+        """Lease so much of every account; False leaves nothing leased."""
         granted: list[tuple[Account, int]] = []
-        for account in self._accounts:
-            amount = account.cost(pages)
+        for account, amount in zip(self._accounts, amounts, strict=True):
             if not account.member.lease(amount):
                 for other, held in granted:
                     other.member.release(held)

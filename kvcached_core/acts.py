@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from ._core import Growth
+from .accounts import Accounts
 from .pools import Pools
 
 Act = tuple[str, int, int]
@@ -16,13 +20,15 @@ class Acts:
     allocators stay equal to these as long as nothing is done behind its back.
 
     Args:
+        accounts: of the engine.
         pools: of the engine; some may be added later.
         counters: of pages committed and decommitted since the start, which are brought up to date.
     """
 
-    def __init__(self, pools: Pools, counters: dict[str, int]) -> None:
+    def __init__(self, accounts: Accounts, pools: Pools, counters: dict[str, int]) -> None:
         self.journal: list[Act] | None = None
         """What was done, for ranks that repeat it; None: nobody."""
+        self._accounts = accounts
         self._pools = pools
         self._counters = counters
 
@@ -32,10 +38,32 @@ class Acts:
         wanted, growth = pool.grow(num_blocks)
         if growth is None:
             return 0
+        self._grown(index, wanted, growth)
+        return growth.num_blocks
+
+    def grow_together(self, num_blocks: Sequence[int]) -> bool:
+        """Lease and commit so many more blocks of every pool, all in one step or none."""
+        growths: list[tuple[int, int, Growth]] = []
+        costs = [0] * len(self._accounts)
+        for index, (pool, wanted) in enumerate(zip(self._pools, num_blocks, strict=True)):
+            if 0 < wanted <= pool.allocator.num_uncommitted:
+                growth = pool.allocator.grow(wanted)
+                growths.append((index, wanted, growth))
+                more = pool.accounts.costs(growth.page_delta)
+                costs = [all_ + own for all_, own in zip(costs, more, strict=True)]
+        there = len(growths) == sum(wanted > 0 for wanted in num_blocks)
+        if not there or not self._accounts.lease_bytes(costs):
+            for index, _, growth in growths:
+                self._pools[index].allocator.undo(growth)
+            return False
+        for index, wanted, growth in growths:
+            self._grown(index, wanted, growth)
+        return True
+
+    def _grown(self, index: int, wanted: int, growth: Growth) -> None:
         self._note("grow", wanted, index)
         self._counters["committed_pages"] += sum(growth.page_delta)
-        pool.commit += growth.ranges
-        return growth.num_blocks
+        self._pools[index].commit += growth.ranges
 
     def shrink(self, index: int, pages: int) -> int:
         """Decommit up to so many parked pages; return their bytes."""

@@ -63,6 +63,12 @@ class Giving:
             for index, pool in enumerate(pools):
                 self._acts.empty(index, pool.pages_in(pools.missing(num_bytes)))
 
+    def let_go(self, needed: Sequence[int]) -> None:
+        """Give up all unused pages but those for so many blocks of every pool."""
+        for index, (pool, keep) in enumerate(zip(self._pools, needed, strict=True)):
+            pool.keep_pages = max(pool.keep_pages, pool.pages_for(keep))
+            self._acts.shrink(index, pool.spare_pages)
+
     def give_all(self) -> None:
         """Give back all that no request uses."""
         for index, pool in enumerate(self._pools):

@@ -8,7 +8,7 @@ allocator and the cache are deterministic, all ranks stay equal without asking e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ._core import BlockAllocator
@@ -45,8 +45,8 @@ class Load:
     waiting: Sequence[Request]
     needs: tuple[Need, ...]
     """Of every pool."""
-    first_needs: tuple[Need, ...] = ()
-    """The same if only the first of those that wait were there; () where that is nothing else."""
+    first_needs: Callable[[], tuple[Need, ...]] | None = None
+    """The same if only the first of those that wait were there; None where that is nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,19 +130,24 @@ class Leader:
             ops = scheduler.take_ops(1, load.needs[0].needed_blocks)
             return PassOrder(self._acts(), self._told), _at_once(ops)
         everybody = load.needs
-        if load.first_needs and not self._could_have(everybody):
-            # Else one pool takes for all who wait what another lacks for the first, and gives it
-            # up again for that, in turns for ever.
-            load = replace(load, needs=load.first_needs)
+        weighed = scheduler.contended or len(pools) > 1
+        if weighed and load.first_needs is not None and not self._could_have(everybody):
+            # Else two engines wait for ever for what all of their requests need, and leave memory
+            # for some alone; or one pool takes for all what another lacks for the first, and gives
+            # it up again for that, in turns for ever.
+            load = replace(load, needs=load.first_needs())
         cached = [pool.num_cached for pool in pools]
         needed, promised = self._to_hold(load)
         running = [need.running_blocks for need in load.needs]
-        # If there is not enough for all, no pool may take what another needs to go on.
-        for targets in [needed] if len(pools) == 1 else [running, needed]:
-            for index, target in enumerate(targets):
-                more = target - pools[index].allocator.num_clean
-                if more > 0:
-                    scheduler.grow(more, index)
+        if len(pools) > 1:
+            # If there is not enough for all, no pool may take what another needs to go on.
+            self._grow(running)
+        if not self._grow(needed, whole=promised):
+            needed, promised = running, False
+        if scheduler.contended and load.waiting and not load.running and not promised:
+            # It runs nothing and cannot: what it has is of use to others only. Where they are as
+            # short as it is, nobody would ask for it.
+            scheduler.giving.let_go(running)
         clean = [pool.allocator.num_clean for pool in pools]
         missing = [need.needed_blocks - n for need, n in zip(load.needs, clean, strict=True)]
         tight = any(m > c for m, c in zip(missing, cached, strict=True))
@@ -153,12 +158,27 @@ class Leader:
             max(short) > 0 and len(pools) > 1 and scheduler.giving.yield_to(short, hold)
         )
         if not gives:
-            alone = load.needs is not everybody
-            self._post(self._short(everybody, promised) if alone else short)
+            # Those behind the first are added to what it lacks.
+            self._post(short if max(short) > 0 else self._short(everybody, promised))
         ops = scheduler.take_ops(1, hold)
         acts = self._acts()
         self._told = self._rooms(load, promised)
         return PassOrder(acts, self._told), _at_once(ops)
+
+    def _grow(self, targets: Sequence[int], whole: bool = False) -> bool:
+        """Have so many clean blocks of every pool, or as many as there are; if ``whole``, all of
+        them or none more, and whether they are there.
+        """
+        scheduler, pools = self.scheduler, self.scheduler.pools
+        clean = [pool.allocator.num_clean for pool in pools]
+        more = [max(0, target - n) for target, n in zip(targets, clean, strict=True)]
+        several = sum(blocks > 0 for blocks in more) > 1
+        if several and (scheduler.grow_together(more) or whole):
+            return all(p.allocator.num_clean >= n for p, n in zip(pools, targets, strict=True))
+        for index, blocks in enumerate(more):
+            if blocks:
+                scheduler.grow(blocks, index)
+        return True
 
     def _acts(self) -> tuple[Act, ...]:
         acts = tuple(self._journal or ())

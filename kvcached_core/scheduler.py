@@ -135,7 +135,7 @@ class ElasticScheduler:
         self._demand = Demand(self.accounts, self.pools)
         self._told = Told(self.accounts, self.pools)
         self._orders = Orders(self.accounts)
-        self.acts = Acts(self.pools, self.counters)
+        self.acts = Acts(self.accounts, self.pools, self.counters)
         self.giving = Giving(self.accounts, self.pools, self.acts)
         self._stats = Stats(self.accounts)
         self.refresh_usage(force=True)
@@ -245,6 +245,15 @@ class ElasticScheduler:
         came = self.acts.grow(pool, num_blocks)
         self._growable = max(0, self._growable - came) if came == num_blocks else 0
         return came
+
+    def grow_together(self, num_blocks: Sequence[int]) -> bool:
+        """Commit so many more blocks of every pool for this step, all of them or none: what one
+        pool takes may cost the engine its turn, and with it what the others lack.
+        """
+        if self.gives:
+            return False
+        self.refresh_usage()
+        return self.acts.grow_together(num_blocks)
 
     def grow_apart(self, num_blocks: int, beside: int) -> None:
         """Have so many blocks on the page of the block ``beside`` and on pages of no request."""

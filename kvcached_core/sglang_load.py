@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from .holding import Holding
@@ -124,9 +125,9 @@ def load_of(
     waiting = [*queued, *new]
     kinds = pools or (Tokens(block_tokens),)
     needs = _needs(scheduler, running, waiting, block_tokens, kinds)
-    first: tuple[Need, ...] = ()
-    if len(kinds) > 1 and len(waiting) > 1:
-        first = _needs(scheduler, running, waiting[:1], block_tokens, kinds)
+    first = None
+    if len(waiting) > 1:
+        first = partial(_needs, scheduler, running, waiting[:1], block_tokens, kinds)
     return Load(_Requests(holders), _Requests(waiting), needs, first)
 
 

@@ -787,3 +787,49 @@ def test_two_engines_that_want_more_than_half_both_get_it(
             engine.turn()
         now += 0.01
     pytest.fail("they wait for each other for ever")
+
+
+@pytest.mark.parametrize("chunk", [None, 256])
+@pytest.mark.parametrize("window_bytes", [None, PAGE // 8])
+@pytest.mark.parametrize("seed", [5, 10, 13, 15, 18, 20])
+def test_many_that_wait_in_two_engines_are_all_served_and_soon(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    chunk: int | None,
+    window_bytes: int | None,
+    seed: int,
+) -> None:
+    """A prefill may have more of them than there is memory for, however few could run."""
+    now = 100.0
+    monkeypatch.setattr("kvcached_core.scheduler.time.monotonic", lambda: now)
+    rng = random.Random(seed)
+    ledger = Ledger(str(tmp_path / "host-0.ledger"), 30 * PAGE)
+    engines = []
+    for _ in range(2):
+        policy = {"parked_bytes": 2 * PAGE, "ahead_bytes": rng.choice([0, 2 * PAGE])}
+        group = Group(
+            another(ledger), 1, 400, PAGE // 4, window_bytes=window_bytes, decay_s=2.0, **policy
+        )
+        engine = Engine(
+            group,
+            with_cache=not engines,
+            chunked_prefill_size=chunk,
+            max_prefill_tokens=2000,
+            gives_chunks_up=True,
+        )
+        engines.append(engine)
+    for engine in engines:
+        arrivals = []
+        for i in range(rng.randint(2, 12)):
+            length = rng.choice([rng.randint(50, 250), rng.randint(300, 700)])
+            most, answer = rng.randint(1, 200), rng.randint(1, 60)
+            arrivals.append(Arrival(i, range(length), Sampling(most), answer, i % 3))
+        engine.turn(arrivals)
+    # Each after the other they would take 700 passes; in no pass may both stand still for long.
+    for _ in range(500):
+        if all(engine.is_idle() for engine in engines):
+            return
+        for engine in engines:
+            engine.turn()
+        now += 0.01
+    pytest.fail("somebody waits for what nobody uses")
