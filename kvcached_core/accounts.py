@@ -136,6 +136,16 @@ class Accounts:
         """Whether another member of any ledger waits for memory."""
         return any(account.ledger.total_demand(account.member.slot) for account in self._accounts)
 
+    def waiting_behind(self) -> int:
+        """How many members wait for memory of some ledger and come after this one in its table."""
+        return max(
+            sum(
+                other.alive and other.demand > 0 and other.slot > account.member.slot
+                for other in account.ledger.members()
+            )
+            for account in self._accounts
+        )
+
     def calm(self) -> bool:
         """Whether nobody wants anything of this engine, in any ledger; takes no lock."""
         return all(account.member.calm() for account in self._accounts)

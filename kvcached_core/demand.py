@@ -65,6 +65,11 @@ class Demand:
         self._post(_each(max, self._short, self._posted[0]), max(1, self._posted[1]))
 
     @property
+    def short(self) -> bool:
+        """Whether something was short in this pass."""
+        return bool(self._short)
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is short, or was of late, so that nothing is posted."""
         return not self._short and self._since is None

@@ -144,9 +144,10 @@ class Leader:
             self._grow(running)
         if not self._grow(needed, whole=promised):
             needed, promised = running, False
-        if scheduler.contended and load.waiting and not load.running and not promised:
-            # It runs nothing and cannot: what it has is of use to others only. Where they are as
-            # short as it is, nobody would ask for it.
+        still = scheduler.contended and bool(load.waiting) and not load.running and not promised
+        if still:
+            # What it has is of use to others only, and if they are as short as it is, nobody would
+            # ask for it.
             scheduler.giving.let_go(running)
         clean = [pool.allocator.num_clean for pool in pools]
         missing = [need.needed_blocks - n for need, n in zip(load.needs, clean, strict=True)]
@@ -160,7 +161,7 @@ class Leader:
         if not gives:
             # Those behind the first are added to what it lacks.
             self._post(short if max(short) > 0 else self._short(everybody, promised))
-        ops = scheduler.take_ops(1, hold)
+        ops = scheduler.take_ops(1, hold, still)
         acts = self._acts()
         self._told = self._rooms(load, promised)
         return PassOrder(acts, self._told), _at_once(ops)

@@ -46,6 +46,8 @@ _STARVED_PAUSE_MS = 2
 """How long an engine that could run nothing for want of memory waits for some."""
 _APART_PART = 3
 """Requests have pages of their own while a third of what an engine holds could be had besides."""
+_GIVE_WAY_S = 1.0
+"""How long an engine that stands still keeps what it holds, while another one does as well."""
 _PREEMPTION_PAUSE = 3
 """Passes from one preemption for others to the next: its blocks may come back late."""
 
@@ -107,6 +109,7 @@ class ElasticScheduler:
         self._usages = tuple(usages)
         self._usage_at = 0.0
         self._asked_since: float | None = None
+        self._still_since: float | None = None
         self._bell = self.accounts.bell()
         self._passes = 0
         self._preempted_in = -_PREEMPTION_PAUSE
@@ -340,7 +343,10 @@ class ElasticScheduler:
         return self.take_ops(0)
 
     def take_ops(
-        self, scheduled_tokens: int = 1, needed_blocks: int | Sequence[int] = 0
+        self,
+        scheduled_tokens: int = 1,
+        needed_blocks: int | Sequence[int] = 0,
+        still: bool | None = None,
     ) -> StepOps:
         """Close a scheduling pass: what its workers commit and decommit.
 
@@ -350,7 +356,12 @@ class ElasticScheduler:
         Args:
             scheduled_tokens: tokens the step runs; 0 if nothing could be scheduled.
             needed_blocks: clean blocks the step is still to take, of every pool.
+            still: whether nothing runs for want of memory; None: by the tokens and what was short.
         """
+        if still is None:
+            still = not scheduled_tokens and self._demand.short
+        if still or self._still_since is not None:
+            self._stand_still(still)
         if self.quiet and scheduled_tokens and isinstance(needed_blocks, int):
             quiet = self._end_quietly(needed_blocks)
             if quiet is not None:
@@ -418,6 +429,19 @@ class ElasticScheduler:
         ahead, pool.commit = pool.commit, []
         self._told.spare()
         return StepOps(commit, ahead, [])
+
+    def _stand_still(self, still: bool) -> None:
+        # If others wait as well, and all hold equal parts, nobody is asked for any: one after the
+        # other they give up all that no request uses, until somebody has enough.
+        if not still or not self.contended:
+            self._still_since = None
+            return
+        now = time.monotonic()
+        if self._still_since is None:
+            self._still_since = now
+        elif now - self._still_since >= _GIVE_WAY_S * (1 + self.accounts.waiting_behind()):
+            self._still_since = now
+            self.giving.give_all()
 
     def _parked_pages(self, pool: Pool) -> int:
         return pool.pages_in(self._parked_bytes // len(self.pools))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -290,3 +291,55 @@ def test_a_starting_engine_waits_for_its_first_page(ledger: Ledger) -> None:
         Engine(another(ledger), 400, PAGE, name="late", start_wait_s=20)
     finally:
         idle.scheduler.close()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("engines", [2, 3])
+def test_two_that_both_want_more_than_half_do_not_stand_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool, engines: int
+) -> None:
+    """They hold equal parts, unused, and hear of each other's need before either gives any."""
+    now = 100.0
+    for module in ("scheduler", "demand"):
+        monkeypatch.setattr(f"kvcached_core.{module}.time.monotonic", lambda: now)
+    monkeypatch.setattr("kvcached_core.scheduler._STARVED_PAUSE_MS", 0)
+    each, wanted = 15, 18 if engines == 2 else 33
+    path = str(tmp_path / "host-0.ledger")
+    capacity = each * engines * PAGE
+    # What is unused stays, as it would while passes try to use it.
+    all_ = [
+        Engine(Ledger(path, capacity, 0), 1000, PAGE, name=f"e{i}", decay_s=1e9)
+        for i in range(engines)
+    ]
+    for engine in all_:
+        held = engine.take(each - 1)
+        assert held is not None
+        engine.apply()
+        engine.free(held, cached=cached)
+        engine.apply()
+    waiting = list(all_)
+    running: dict[int, tuple[list[Any], int]] = {}
+    for step in range(1500):
+        for engine in all_:
+            engine.scheduler.begin_pass((), [Request(wanted)] if engine in waiting else ())
+        ran = []
+        for index, engine in enumerate(all_):
+            if index in running and step >= running[index][1]:
+                engine.free(running.pop(index)[0], cached=cached)
+            elif engine in waiting and not engine.queue.lacks(wanted):
+                blocks = engine.take(wanted)
+                assert blocks is not None
+                waiting.remove(engine)
+                running[index] = blocks, step + 20
+            ran.append(index in running)
+        for engine, runs in zip(all_, ran, strict=True):
+            engine.scheduler.take_ops(int(runs))
+            pages = engine.scheduler.allocator.committed_pages(0)
+            member = engine.accounts[0].member
+            member.release(member.info().leased - pages * PAGE)
+        now += 0.01
+        if not waiting and not running:
+            # A second for each that gives way, and what they run.
+            assert step < 100 * (2 * engines) + 30 * engines
+            return
+    pytest.fail("they stand still for ever")
