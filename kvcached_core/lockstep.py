@@ -159,8 +159,9 @@ class Leader:
             max(short) > 0 and len(pools) > 1 and scheduler.giving.yield_to(short, hold)
         )
         if not gives:
-            # Those behind the first are added to what it lacks.
-            self._post(short if max(short) > 0 else self._short(everybody, promised))
+            if load.needs is not everybody and max(short) <= 0:
+                short = self._short(everybody, promised)  # the first has all it lacks
+            self._post(short)
         ops = scheduler.take_ops(1, hold, still)
         acts = self._acts()
         self._told = self._rooms(load, promised)
