@@ -25,7 +25,7 @@ from tests.support.elastic import elastic_env, ledger_path
 from tests.support.engines import engine_environment
 from tests.support.server import free_port
 from tests.support.sglang_server import ARGS as SGLANG_ARGS
-from tests.support.sglang_server import sglang_environment
+from tests.support.sglang_server import QUIET, sglang_environment
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -69,7 +69,7 @@ def settings(models: Models, folder: Path) -> dict[str, Any]:
                 replica(folder, models.llama, "beta", "vllm", pooling, vectors)]},
             {"name": "gamma", "sleep": {**cold, "after": "2s"}, "queue": {"timeout": "4m"},
              "replicas": [replica(folder, models.llama, "gamma", "sglang",
-                                  (*SGLANG_ARGS, f"--nccl-port={free_port()}"), sglang)]},
+                                  (*SGLANG_ARGS, QUIET, f"--nccl-port={free_port()}"), sglang)]},
         ],
     }  # fmt: skip
 

@@ -50,16 +50,11 @@ def _servers(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Cluster]:
     cluster = Cluster(models.llama, tmp_path_factory.mktemp("sglang-memory"), CAPACITY, ())
-    for name, args, host in (
-        # As a user starts it; idle, it polls.
-        ("awake", (), None),
-        ("asleep", ("--sleep-on-idle",), sglang_patched),
-    ):
+    # The first as a user starts it; idle, it polls.
+    for name, host in (("awake", None), ("asleep", sglang_patched)):
         settings = {"page_size": str(PAGE), "parked": str(PARKED), "parked_decay_ms": "200"}
         env = cluster.env(name, **settings)
-        cluster.servers[name] = SglangServer(
-            name, models.llama, cluster.folder, args, env, host=host
-        )
+        cluster.servers[name] = SglangServer(name, models.llama, cluster.folder, (), env, host=host)
     try:
         yield cluster.start()
     finally:

@@ -14,7 +14,7 @@ from tests.e2e.conftest import Models
 from tests.support.elastic import check_account
 from tests.support.prompts import equal_prompts
 from tests.support.sglang_fixtures import check_unhurt
-from tests.support.sglang_server import SglangHost
+from tests.support.sglang_server import QUIET, SglangHost
 from tests.support.sleeper import (
     MIB,
     Alone,
@@ -32,8 +32,6 @@ pytestmark = pytest.mark.timeout(600)
 
 CAPACITY = 48 * MIB
 CYCLES = 100
-QUIET = "--sleep-on-idle"
-"""Else an idle server polls, and takes a core from whoever is busy; some here are as users' are."""
 WAKE_WAIT_MS = 2000
 SHORT_WAIT_MS = 300
 """Where a wake is refused again and again."""

@@ -166,7 +166,7 @@ def test_a_cache_of_both_pools_is_bounded_trimmed_and_asked_for(
 ) -> None:
     folder = tmp_path / "ledger"
     env = elastic_env(folder, capacity="24MiB")
-    args = (EAGER, "--chunked-prefill-size=512", "--sleep-on-idle")
+    args = (EAGER, "--chunked-prefill-size=512")
     with serve("engine", args, env, models.cohere) as server:
         ledger = Ledger(ledger_path(folder))
         prompts = equal_prompts(16, 480, seed=4)

@@ -37,6 +37,7 @@ CHECKS = {
 }
 ARGS = ("--device=cpu", "--dtype=float32", "--enable-metrics", "--log-level-http=warning")
 """Of every server."""
+QUIET = "--sleep-on-idle"
 
 
 def sglang_folder(name: Flavor | str) -> Path | None:
@@ -69,7 +70,10 @@ class SglangHost(ServerHost):
 
 
 class SglangServer(HttpServer):
-    """An SGLang server; a fork of `host` if there is one, else started as a user does."""
+    """An SGLang server; a fork of `host` if there is one, else started as a user does.
+
+    Idle, the latter polls, and takes a core from whoever is busy; a fork sleeps unless told not to.
+    """
 
     module = "sglang.launch_server"
 
@@ -83,12 +87,15 @@ class SglangServer(HttpServer):
         flavor: Flavor = "patched",
         *,
         host: SglangHost | None = None,
+        quiet: bool | None = None,
     ) -> None:
         assert host is None or host.flavor == flavor
         # Else it looks for a free one itself, long before it listens there; replicas must.
         replicas = any(arg.startswith("--dp-size") for arg in args)
         ports = () if replicas else (f"--nccl-port={free_port()}",)
         env = sglang_environment(flavor, env)
+        if host is not None and quiet is not False:
+            args = (*args, QUIET)
         super().__init__(name, model, folder, (*ARGS, *ports, *args), env, host)
 
     def arguments(self) -> list[str]:

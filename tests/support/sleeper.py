@@ -76,7 +76,8 @@ class SglangSleeper(SglangServer):
         if "--tp-size=2" in args:
             # Else SGLang wants a NUMA node for each rank, and NCCL on a CPU too.
             env |= {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_NCCL_SO_PATH": "none"}
-        super().__init__(name, model, folder, ("--enable-memory-saver", *args), env, host=host)
+        args = ("--enable-memory-saver", *args)
+        super().__init__(name, model, folder, args, env, host=host, quiet=False)
 
     def try_sleep(self, *tags: str, level: int = 1) -> tuple[int, str]:
         body = ({"tags": tags} if tags else {}) | ({"level": level} if level != 1 else {})
