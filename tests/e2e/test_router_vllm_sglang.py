@@ -170,10 +170,10 @@ def test_models_and_a_first_request_while_engines_start(site: Site) -> None:
 
 def test_answers_are_the_engines_own(site: Site) -> None:
     direct = openai.OpenAI(base_url=f"{site.engine('alpha')}/v1", api_key="x")
-    prompt: Any = {"model": "alpha", "prompt": list(range(100, 140)), "max_tokens": 24,
+    prompt: Any = {"model": "alpha", "prompt": list(range(100, 140)), "max_tokens": 200,
                    "temperature": 0}  # fmt: skip
     chat: Any = {"model": "alpha", "messages": [{"role": "user", "content": "The License"}],
-                 "max_tokens": 24, "temperature": 0}  # fmt: skip
+                 "max_tokens": 200, "temperature": 0}  # fmt: skip
     for client in (direct, site.openai):
         whole = client.completions.create(**prompt).choices[0].text
         pieces = [c.choices[0].text for c in client.completions.create(**prompt, stream=True)]
@@ -317,15 +317,15 @@ def test_the_engines_bench_client(site: Site, models: Models, tmp_path: Path) ->
 
 
 def test_a_client_that_goes_away_ends_its_request_in_the_engine(site: Site) -> None:
-    wait(lambda: site.running() == 0, "alpha is idle", 10)
+    wait(lambda: site.running() == 0, "alpha is idle", 30)
     body = {"model": "alpha", "prompt": "x", "max_tokens": 3500, "ignore_eos": True, "stream": True}
     url = f"{site.url}/v1/completions"
     with httpx.stream("POST", url, json=body, timeout=60, trust_env=False) as stream:
         lines = stream.iter_lines()
         assert next(lines).startswith("data: ")
-        wait(lambda: site.running() == 1, "it runs", 10)
+        wait(lambda: site.running() == 1, "it runs", 30)
     begin = time.monotonic()
-    wait(lambda: site.running() == 0, "the engine gave it up", 10)
+    wait(lambda: site.running() == 0, "the engine gave it up", 30)
     print(f"given up {time.monotonic() - begin:.2f} s after the client went")
     assert site.get("/health/all")["models"]["alpha"]["replicas"][0]["requests"] == 0
 
