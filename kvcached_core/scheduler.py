@@ -123,7 +123,7 @@ class ElasticScheduler:
         self._quiet_until = -math.inf
         self._plain = False
         self._now = 0.0
-        self._counted = (0, 0, 0)
+        self._counted = (0, 0, 0, 0)
         self._growable = 0
         self._limits_cache = False
         self._attended = 0
@@ -416,7 +416,8 @@ class ElasticScheduler:
         if not self._demand.idle or pool.decommit or pool.decay.is_due(self._now):
             return None
         self._busy = True
-        counted = (pool.allocator.num_live, pool.allocator.num_clean, needed)
+        # What becomes cached may have been live all the same.
+        counted = (pool.allocator.num_live, pool.allocator.num_clean, pool.num_cached, needed)
         if counted == self._counted and not pool.commit:
             return _NOTHING
         self._counted = counted

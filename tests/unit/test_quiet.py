@@ -187,6 +187,19 @@ def test_what_parks_is_told_in_a_quiet_pass(ledger: Ledger, engine: Engine) -> N
     assert ledger.members()[0].parked == 6 * PAGE
 
 
+def test_what_is_cached_is_told_in_a_quiet_pass(ledger: Ledger, engine: Engine) -> None:
+    """Its blocks stay as live as they were, and there may be no further pass for long."""
+    held = engine.take(10)
+    assert held is not None
+    a_pass(engine)
+    a_pass(engine)
+    engine.free(held, cached=True)
+    engine.scheduler.begin_pass()
+    assert engine.scheduler.quiet
+    engine.scheduler.take_ops(1)
+    assert ledger.members()[0].cached == 10 * PAGE
+
+
 def test_metrics_are_told_when_the_last_request_has_ended(engine: Engine) -> None:
     a_pass(engine)
     assert engine.scheduler.stats() is not None
