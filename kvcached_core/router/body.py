@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import TracebackType
+import contextlib
+from collections.abc import Callable, Iterator
 
 import anyio
 from starlette.types import Receive, Scope
@@ -34,9 +34,14 @@ class Bodies:
         self.held = 0
         """Bytes."""
 
-    def share(self) -> Share:
+    @contextlib.contextmanager
+    def share(self) -> Iterator[Share]:
         """One request's part, which is given up with the end of the ``with`` block."""
-        return Share(self)
+        share = Share(self)
+        try:
+            yield share
+        finally:
+            self.held -= share.held
 
     def require(self, num_bytes: int) -> None:
         """Refuse what would not fit beside the others.
@@ -59,19 +64,8 @@ class Share:
 
     def __init__(self, bodies: Bodies) -> None:
         self._bodies = bodies
-        self._held = 0
-
-    def __enter__(self) -> Share:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bodies.held -= self._held
-        self._held = 0
+        self.held = 0
+        """Bytes."""
 
     def expect(self, num_bytes: int) -> None:
         """Refuse at once what is announced and would not fit; nothing is set aside for it."""
@@ -85,7 +79,7 @@ class Share:
         """
         self._bodies.require(num_bytes)
         self._bodies.held += num_bytes
-        self._held += num_bytes
+        self.held += num_bytes
 
 
 async def read_body(scope: Scope, receive: Receive, limits: LimitSettings, share: Share) -> bytes:
