@@ -139,11 +139,14 @@ class Accounts:
     def waiting_behind(self) -> int:
         """How many members wait for memory of some ledger and come after this one in its table."""
         return max(
-            sum(
-                other.alive and other.demand > 0 and other.slot > account.member.slot
-                for other in account.ledger.members()
-            )
-            for account in self._accounts
+            (
+                sum(
+                    other.alive and other.demand > 0 and other.slot > account.member.slot
+                    for other in account.ledger.members()
+                )
+                for account in self._accounts
+            ),
+            default=0,
         )
 
     def calm(self) -> bool:

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from .accounts import Accounts
 from .acts import Acts
 from .pools import Pools
+
+_GIVE_WAY_S = 1.0
+"""How long an engine that stands still keeps what it holds, while another one does as well."""
 
 
 class Giving:
@@ -24,6 +28,7 @@ class Giving:
         self._pools = pools
         self._acts = acts
         self._owed_bytes = 0
+        self._still_since: float | None = None
 
     def owe(self, num_bytes: int, of_caches: int) -> None:
         """Give back so much in this pass: unused pages now, and what requests free until its end.
@@ -62,6 +67,22 @@ class Giving:
         if len(pools) > 1:  # what rounding left over
             for index, pool in enumerate(pools):
                 self._acts.empty(index, pool.pages_in(pools.missing(num_bytes)))
+
+    def note_still(self, still: bool) -> None:
+        """Whether nothing runs in this pass for want of memory that others wait for as well.
+
+        If all of them hold equal parts, nobody is asked for any: one after the other they give up
+        all that no request uses, until somebody has enough.
+        """
+        if not still:
+            self._still_since = None
+            return
+        now = time.monotonic()
+        if self._still_since is None:
+            self._still_since = now
+        elif now - self._still_since >= _GIVE_WAY_S * (1 + self._accounts.waiting_behind()):
+            self._still_since = now
+            self.give_all()
 
     def let_go(self, needed: Sequence[int]) -> None:
         """Give up all unused pages but those for so many blocks of every pool."""

@@ -46,8 +46,6 @@ _STARVED_PAUSE_MS = 2
 """How long an engine that could run nothing for want of memory waits for some."""
 _APART_PART = 3
 """Requests have pages of their own while a third of what an engine holds could be had besides."""
-_GIVE_WAY_S = 1.0
-"""How long an engine that stands still keeps what it holds, while another one does as well."""
 _PREEMPTION_PAUSE = 3
 """Passes from one preemption for others to the next: its blocks may come back late."""
 
@@ -109,7 +107,6 @@ class ElasticScheduler:
         self._usages = tuple(usages)
         self._usage_at = 0.0
         self._asked_since: float | None = None
-        self._still_since: float | None = None
         self._bell = self.accounts.bell()
         self._passes = 0
         self._preempted_in = -_PREEMPTION_PAUSE
@@ -360,8 +357,7 @@ class ElasticScheduler:
         """
         if still is None:
             still = not scheduled_tokens and self._demand.short
-        if still or self._still_since is not None:
-            self._stand_still(still)
+        self.giving.note_still(still and self.contended)
         if self.quiet and scheduled_tokens and isinstance(needed_blocks, int):
             quiet = self._end_quietly(needed_blocks)
             if quiet is not None:
@@ -430,19 +426,6 @@ class ElasticScheduler:
         ahead, pool.commit = pool.commit, []
         self._told.spare()
         return StepOps(commit, ahead, [])
-
-    def _stand_still(self, still: bool) -> None:
-        # If others wait as well, and all hold equal parts, nobody is asked for any: one after the
-        # other they give up all that no request uses, until somebody has enough.
-        if not still or not self.contended:
-            self._still_since = None
-            return
-        now = time.monotonic()
-        if self._still_since is None:
-            self._still_since = now
-        elif now - self._still_since >= _GIVE_WAY_S * (1 + self.accounts.waiting_behind()):
-            self._still_since = now
-            self.giving.give_all()
 
     def _parked_pages(self, pool: Pool) -> int:
         return pool.pages_in(self._parked_bytes // len(self.pools))
