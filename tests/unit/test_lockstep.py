@@ -749,30 +749,53 @@ LockstepMachine.TestCase.settings = settings(
 TestLockstep = LockstepMachine.TestCase
 
 
+class Pair:
+    """Two engines on memory for 120 blocks, and their clock."""
+
+    def __init__(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        rng: random.Random,
+        *,
+        caches: int,
+        window_bytes: int | None = None,
+        **settings: Any,
+    ) -> None:
+        self._now = 100.0
+        monkeypatch.setattr("kvcached_core.scheduler.time.monotonic", lambda: self._now)
+        ledger = Ledger(str(tmp_path / "host-0.ledger"), 30 * PAGE)
+        self.engines = []
+        for index in range(2):
+            policy = {"parked_bytes": 2 * PAGE, "ahead_bytes": rng.choice([0, 2 * PAGE])}
+            group = Group(
+                another(ledger), 1, 400, PAGE // 4, window_bytes=window_bytes, decay_s=2.0, **policy
+            )
+            cached = index < caches
+            engine = Engine(group, with_cache=cached, gives_chunks_up=True, **settings)
+            self.engines.append(engine)
+
+    def serve(self, passes: int) -> bool:
+        """Whether all they have is done in so many passes."""
+        for _ in range(passes):
+            if all(engine.is_idle() for engine in self.engines):
+                return True
+            for engine in self.engines:
+                engine.turn()
+            self._now += 0.01
+        return False
+
+
+@pytest.mark.parametrize("caches", [1, 2])
 @pytest.mark.parametrize("chunk", [None, 64])
 @pytest.mark.parametrize("seed", [0, 1, 4, 6, 7, 9, 19, 21])
 def test_two_engines_that_want_more_than_half_both_get_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int | None, seed: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int | None, caches: int, seed: int
 ) -> None:
-    now = 100.0
-    monkeypatch.setattr("kvcached_core.scheduler.time.monotonic", lambda: now)
     rng = random.Random(seed)
-    ledger = Ledger(str(tmp_path / "host-0.ledger"), 30 * PAGE)
-    engines = []
-    for _ in range(2):
-        policy = {"parked_bytes": 2 * PAGE, "ahead_bytes": rng.choice([0, 2 * PAGE])}
-        group = Group(another(ledger), 1, 400, PAGE // 4, decay_s=2.0, **policy)
-        engines.append(
-            Engine(
-                group,
-                # Equal shares of cache are a tie, which the ledger leaves as it is.
-                with_cache=not engines,
-                chunked_prefill_size=chunk,
-                max_prefill_tokens=200,
-                gives_chunks_up=True,
-            )
-        )
-    for engine in engines:
+    settings = {"chunked_prefill_size": chunk, "max_prefill_tokens": 200}
+    pair = Pair(tmp_path, monkeypatch, rng, caches=caches, **settings)
+    for engine in pair.engines:
         lengths = [rng.choice([rng.randint(1, 200), rng.randint(900, 1600)]) for _ in range(4)]
         engine.turn(
             [
@@ -780,13 +803,7 @@ def test_two_engines_that_want_more_than_half_both_get_it(
                 for i, length in enumerate(lengths)
             ]
         )
-    for _ in range(5000):
-        if all(engine.is_idle() for engine in engines):
-            return
-        for engine in engines:
-            engine.turn()
-        now += 0.01
-    pytest.fail("they wait for each other for ever")
+    assert pair.serve(5000), "they wait for each other for ever"
 
 
 @pytest.mark.parametrize("chunk", [None, 256])
@@ -800,25 +817,10 @@ def test_many_that_wait_in_two_engines_are_all_served_and_soon(
     seed: int,
 ) -> None:
     """A prefill may have more of them than there is memory for, however few could run."""
-    now = 100.0
-    monkeypatch.setattr("kvcached_core.scheduler.time.monotonic", lambda: now)
     rng = random.Random(seed)
-    ledger = Ledger(str(tmp_path / "host-0.ledger"), 30 * PAGE)
-    engines = []
-    for _ in range(2):
-        policy = {"parked_bytes": 2 * PAGE, "ahead_bytes": rng.choice([0, 2 * PAGE])}
-        group = Group(
-            another(ledger), 1, 400, PAGE // 4, window_bytes=window_bytes, decay_s=2.0, **policy
-        )
-        engine = Engine(
-            group,
-            with_cache=not engines,
-            chunked_prefill_size=chunk,
-            max_prefill_tokens=2000,
-            gives_chunks_up=True,
-        )
-        engines.append(engine)
-    for engine in engines:
+    settings = {"chunked_prefill_size": chunk, "max_prefill_tokens": 2000}
+    pair = Pair(tmp_path, monkeypatch, rng, caches=1, window_bytes=window_bytes, **settings)
+    for engine in pair.engines:
         arrivals = []
         for i in range(rng.randint(2, 12)):
             length = rng.choice([rng.randint(50, 250), rng.randint(300, 700)])
@@ -826,10 +828,4 @@ def test_many_that_wait_in_two_engines_are_all_served_and_soon(
             arrivals.append(Arrival(i, range(length), Sampling(most), answer, i % 3))
         engine.turn(arrivals)
     # Each after the other they would take 700 passes; in no pass may both stand still for long.
-    for _ in range(500):
-        if all(engine.is_idle() for engine in engines):
-            return
-        for engine in engines:
-            engine.turn()
-        now += 0.01
-    pytest.fail("somebody waits for what nobody uses")
+    assert pair.serve(500), "somebody waits for what nobody uses"
