@@ -512,10 +512,14 @@ class Member:
     def slot(self) -> int: ...
     @property
     def generation(self) -> int: ...
-    def lease(self, bytes: int) -> bool:
-        """Lease all of it or nothing; False means not now."""
+    def lease(self, bytes: int, urgent: bool = False) -> bool:
+        """Lease all of it or nothing; False means not now.
 
-    def claimable(self) -> int:
+        What is ``urgent`` keeps a member going that would stop without it: it yields to guarantees
+        and higher priorities only.
+        """
+
+    def claimable(self, urgent: bool = False) -> int:
         """What could be leased now, policy included."""
 
     def lease_up_to(self, bytes: int, quantum: int) -> int:

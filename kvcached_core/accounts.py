@@ -67,15 +67,19 @@ class Accounts:
         """Bytes of ``pages[g]`` page indices of every geometry, in every account."""
         return [account.cost(pages) for account in self._accounts]
 
-    def lease(self, pages: Sequence[int]) -> bool:
+    def lease(self, pages: Sequence[int], urgent: bool = False) -> bool:
         """Lease ``pages[g]`` page indices of every geometry; False leaves nothing leased."""
-        return self.lease_bytes(self.costs(pages))
+        return self.lease_bytes(self.costs(pages), urgent)
 
-    def lease_bytes(self, amounts: Sequence[int]) -> bool:
-        """Lease so much of every account; False leaves nothing leased."""
+    def lease_bytes(self, amounts: Sequence[int], urgent: bool = False) -> bool:
+        """Lease so much of every account; False leaves nothing leased.
+
+        What is ``urgent`` keeps an engine going that would stop without it: it yields to guarantees
+        and higher priorities only.
+        """
         granted: list[tuple[Account, int]] = []
         for account, amount in zip(self._accounts, amounts, strict=True):
-            if not account.member.lease(amount):
+            if not account.member.lease(amount, urgent):
                 for other, held in granted:
                     other.member.release(held)
                 return False
@@ -83,7 +87,11 @@ class Accounts:
         return True
 
     def affordable_blocks(
-        self, uncommitted: int, uncommitted_pages: Sequence[int], reserved: Sequence[int] = ()
+        self,
+        uncommitted: int,
+        uncommitted_pages: Sequence[int],
+        reserved: Sequence[int] = (),
+        urgent: bool = False,
     ) -> int:
         """How many of ``uncommitted`` blocks the ledgers could back now.
 
@@ -94,10 +102,11 @@ class Accounts:
             uncommitted: blocks.
             uncommitted_pages: page indices of every geometry that all of them take.
             reserved: of every account, bytes that are for something else; () for none.
+            urgent: as for :meth:`lease_bytes`.
         """
         blocks = uncommitted
         for account, kept in zip(self._accounts, reserved or [0] * len(self), strict=True):
-            available = max(0, account.member.claimable() - kept)
+            available = max(0, account.member.claimable(urgent) - kept)
             if available < account.cost(uncommitted_pages):
                 blocks = min(blocks, available // max(account.block_cost, 1))
         return blocks
@@ -148,6 +157,15 @@ class Accounts:
             ),
             default=0,
         )
+
+    def rivals_before(self) -> int:
+        """How many members of no lower priority come before this one in some ledger's table."""
+        most = 0
+        for account in self._accounts:
+            slot, priority = account.member.slot, account.member.info().priority
+            rivals = (m for m in account.ledger.members() if m.alive and m.priority >= priority)
+            most = max(most, sum(rival.slot < slot for rival in rivals))
+        return most
 
     def calm(self) -> bool:
         """Whether nobody wants anything of this engine, in any ledger; takes no lock."""

@@ -32,10 +32,10 @@ class Acts:
         self._pools = pools
         self._counters = counters
 
-    def grow(self, index: int, num_blocks: int) -> int:
+    def grow(self, index: int, num_blocks: int, urgent: bool = False) -> int:
         """Lease and commit up to so many more blocks; return how many came."""
         pool = self._pools[index]
-        wanted, growth = pool.grow(num_blocks)
+        wanted, growth = pool.grow(num_blocks, urgent)
         if growth is None:
             return 0
         self._grown(index, wanted, growth)

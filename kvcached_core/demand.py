@@ -64,6 +64,11 @@ class Demand:
         # At once: the engine may be about to preempt its own requests.
         self._post(_each(max, self._short, self._posted[0]), max(1, self._posted[1]))
 
+    def withdraw(self) -> None:
+        """Nothing is waited for just now, whatever was short in this pass."""
+        self._short = []
+        self._post([], 0)
+
     @property
     def short(self) -> bool:
         """Whether something was short in this pass."""

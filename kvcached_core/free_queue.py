@@ -103,21 +103,32 @@ class ElasticFreeQueue:
         reachable = used + self.num_ready + self._scheduler.growable_lately
         return used / reachable if reachable else 0.0
 
-    def lacks(self, num_blocks: int) -> bool:
+    def lacks(self, num_blocks: int, running: bool = False) -> bool:
         """Whether fewer than ``num_blocks`` are free; the other members hear of it.
 
         An engine asks this for each running request in every pass, so what the ledgers could back,
         which takes some microseconds to learn, is looked at only where it decides.
+
+        Args:
+            num_blocks: how many.
+            running: whether they are for a running request.
         """
         if num_blocks <= 0:
             return False
         missing = num_blocks - self.num_ready
-        if missing <= 0 or missing <= self._scheduler.growable_blocks():
+        if missing <= 0:
+            return False
+        if self._scheduler.turns_away(running):
+            return True
+        urgent = self._scheduler.keeps_going(running)
+        if missing <= self._scheduler.growable_blocks(urgent=urgent):
             return False
         self._scheduler.note_shortage(missing)
         return True
 
-    def ensure(self, num_blocks: int, computed: Sequence[Sequence[Any]] = ()) -> bool:
+    def ensure(
+        self, num_blocks: int, computed: Sequence[Sequence[Any]] = (), running: bool = False
+    ) -> bool:
         """Make sure ``num_blocks`` can be taken now; lease and grow as needed.
 
         Args:
@@ -125,6 +136,7 @@ class ElasticFreeQueue:
                 ``computed`` that are free.
             computed: prefix-cache hits, per group; the free ones are taken out of
                 the cached list rather than allocated, so they need no growth.
+            running: whether they are for a running request.
 
         Returns:
             True if they are there. False is a scheduling answer: not now.
@@ -135,7 +147,7 @@ class ElasticFreeQueue:
         wanted = num_blocks - hits
         missing = wanted - self._allocator.num_clean
         if missing > 0:
-            self._scheduler.grow(missing)
+            self._scheduler.grow(missing, urgent=self._scheduler.keeps_going(running))
         available = self.num_ready - hits
         if wanted > available:
             # What the ledgers could back is not this engine's yet: it waits for that too.

@@ -93,16 +93,17 @@ class Pool:
         """Of every geometry."""
         return [self.allocator.committed_pages(g) for g in range(len(self.total_pages))]
 
-    def affordable_blocks(self, reserved: Sequence[int] = ()) -> int:
+    def affordable_blocks(self, reserved: Sequence[int] = (), urgent: bool = False) -> int:
         """Uncommitted blocks the ledgers could back now.
 
         Args:
             reserved: of every account, bytes that are for something else.
+            urgent: whether the engine stops without them.
         """
         uncommitted = self.allocator.num_uncommitted
         committed = self.committed_pages()
         left = [all_ - now for all_, now in zip(self.total_pages, committed, strict=True)]
-        return self.accounts.affordable_blocks(uncommitted, left, reserved)
+        return self.accounts.affordable_blocks(uncommitted, left, reserved, urgent)
 
     @property
     def apart_blocks(self) -> int:
@@ -135,16 +136,16 @@ class Pool:
 
     # -- what changes ---------------------------------------------------------
 
-    def grow(self, num_blocks: int) -> tuple[int, Growth | None]:
+    def grow(self, num_blocks: int, urgent: bool = False) -> tuple[int, Growth | None]:
         """Lease and commit up to so many more blocks; return how many were asked for at last."""
         num_blocks = min(num_blocks, self.allocator.num_uncommitted)
         while num_blocks > 0:
             growth = self.allocator.grow(num_blocks)
-            if self.accounts.lease(growth.page_delta):
+            if self.accounts.lease(growth.page_delta, urgent):
                 return num_blocks, growth
             self.allocator.undo(growth)
             # Not all: take what there is, and halve if that was too hopeful.
-            growable = self.affordable_blocks()
+            growable = self.affordable_blocks(urgent=urgent)
             num_blocks = growable if growable < num_blocks else num_blocks // 2
         return 0, None
 

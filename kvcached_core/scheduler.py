@@ -46,6 +46,8 @@ _STARVED_PAUSE_MS = 2
 """How long an engine that could run nothing for want of memory waits for some."""
 _APART_PART = 3
 """Requests have pages of their own while a third of what an engine holds could be had besides."""
+_RIVALS_S = 1.0
+"""For how long others that waited for memory are taken to want it still."""
 _PREEMPTION_PAUSE = 3
 """Passes from one preemption for others to the next: its blocks may come back late."""
 
@@ -112,6 +114,10 @@ class ElasticScheduler:
         self._preempted_in = -_PREEMPTION_PAUSE
         self.contended = False
         """Whether others wait for memory in this pass."""
+        self._stands_back = False
+        self._turned_away = False
+        self._ran = False
+        self._rivals_until = -math.inf
         self.apart = False
         """Whether memory is so plentiful in this pass that no two requests share a page: then all
         pages of a request are empty when it ends, however long its neighbours go on."""
@@ -208,18 +214,21 @@ class ElasticScheduler:
 
     # -- growing --------------------------------------------------------------
 
-    def growable_blocks(self, pool: int = 0, beside: Sequence[int] = ()) -> int:
+    def growable_blocks(
+        self, pool: int = 0, beside: Sequence[int] = (), urgent: bool = False
+    ) -> int:
         """Uncommitted blocks of a pool the ledgers could back now.
 
         Args:
             pool: index.
             beside: blocks of every pool that are wanted as well; this one's do not count.
+            urgent: whether the engine stops without them.
         """
         # What was given back in this pass must not come back before its workers heard of it.
         if not self.pools[pool].allocator.num_uncommitted or self.gives:
             return 0
         others = [0 if index == pool else blocks for index, blocks in enumerate(beside)]
-        return self.pools[pool].affordable_blocks(self._demand.costs(others))
+        return self.pools[pool].affordable_blocks(self._demand.costs(others), urgent)
 
     @property
     def growable_lately(self) -> int:
@@ -237,12 +246,22 @@ class ElasticScheduler:
         """Whether this pass gives memory back, and so can take none."""
         return self.pools.gives
 
-    def grow(self, num_blocks: int, pool: int = 0) -> int:
+    def keeps_going(self, running: bool) -> bool:
+        """Whether what is asked for is urgent: the engine runs nothing but this request."""
+        return running and len(self._running) <= 1
+
+    def turns_away(self, running: bool) -> bool:
+        """Whether a request has to wait although there may be memory: another engine's turn."""
+        turned_away = self._stands_back and not running
+        self._turned_away |= turned_away
+        return turned_away
+
+    def grow(self, num_blocks: int, pool: int = 0, urgent: bool = False) -> int:
         """Commit up to ``num_blocks`` more blocks for this step; return how many came."""
         if self.gives:
             return 0
         self.refresh_usage()
-        came = self.acts.grow(pool, num_blocks)
+        came = self.acts.grow(pool, num_blocks, urgent)
         self._growable = max(0, self._growable - came) if came == num_blocks else 0
         return came
 
@@ -281,6 +300,7 @@ class ElasticScheduler:
         """
         self._passes += 1
         self._running, self._waiting = running, waiting
+        self._ran = bool(running)
         self._demand.begin(waiting)
         self.accounts.touch()
         self._now = now = time.monotonic()
@@ -294,6 +314,9 @@ class ElasticScheduler:
             unit.page_bytes, unit.accounts, self.pools.held_bytes()
         )
         self.contended = self.accounts.others_wait()
+        if self.contended:
+            self._rivals_until = now + _RIVALS_S
+        self._stands_back = self.giving.stands_back(now)
         # Memory for what runs now is not spare.
         self.pools.keep_for_next(running if self.contended or trimmed else ())
         if self.contended:
@@ -358,6 +381,8 @@ class ElasticScheduler:
         if still is None:
             still = not scheduled_tokens and self._demand.short
         self.giving.note_still(still and self.contended)
+        if still and self._ran and not self._running and self._now < self._rivals_until:
+            self.giving.note_lost()
         if self.quiet and scheduled_tokens and isinstance(needed_blocks, int):
             quiet = self._end_quietly(needed_blocks)
             if quiet is not None:
@@ -377,6 +402,9 @@ class ElasticScheduler:
             unused = pool.allocator.parked_pages - self._parked_pages(pool) - pages
             self.acts.shrink(index, pool.decay.observe(max(unused, 0), now))
         gave = self.gives
+        turned_away, self._turned_away = self._turned_away, False
+        if turned_away:
+            self._demand.withdraw()
         short = self._demand.end()
         ops: list[StepOps] = []
         for index, pool in enumerate(self.pools):
@@ -398,7 +426,7 @@ class ElasticScheduler:
         self._plain = (
             not self._limits_cache and not self._told.settling and self._asked_since is None
         )
-        if short and not scheduled_tokens and not gave:
+        if (short or turned_away) and not scheduled_tokens and not gave:
             self._bell.wait(_STARVED_PAUSE_MS)
         return replace(ops[0], others=tuple(ops[1:])) if len(ops) > 1 else ops[0]
 

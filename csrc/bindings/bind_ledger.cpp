@@ -174,10 +174,10 @@ void bind_member(nb::module_& m) {
       .def_prop_ro("generation", &Member::generation)
       .def(
           "lease",
-          [](Member& self, int64_t bytes) {
-            return checked<bool>([&](bool& granted) { return self.lease(bytes, granted); });
+          [](Member& self, int64_t bytes, bool urgent) {
+            return checked<bool>([&](bool& granted) { return self.lease(bytes, granted, urgent); });
           },
-          "bytes"_a, "Lease all of it or nothing; False means not now.")
+          "bytes"_a, "urgent"_a = false, "Lease all of it or nothing; False means not now.")
       .def(
           "lease_up_to",
           [](Member& self, int64_t bytes, int64_t quantum) {
@@ -217,10 +217,12 @@ void bind_member(nb::module_& m) {
                    [](Member& self) {
                      return checked<uint64_t>([&](uint64_t& out) { return self.leased(out); });
                    })
-      .def("claimable",
-           [](Member& self) {
-             return checked<uint64_t>([&](uint64_t& out) { return self.claimable(out); });
-           })
+      .def(
+          "claimable",
+          [](Member& self, bool urgent) {
+            return checked<uint64_t>([&](uint64_t& out) { return self.claimable(out, urgent); });
+          },
+          "urgent"_a = false)
       .def("ask",
            [](Member& self) {
              uint64_t soft = 0;

@@ -14,9 +14,9 @@ using namespace ledger;
 
 namespace {
 
-uint64_t claim_of(const State& state, int slot) {
+uint64_t claim_of(const State& state, int slot, bool urgent) {
   for (int i = 0; i < state.count; ++i) {
-    if (state.members[i].slot == slot) return claimable(state, i);
+    if (state.members[i].slot == slot) return claimable(state, i, urgent);
   }
   return 0;
 }
@@ -64,7 +64,7 @@ Status Member::locked(Operation operation) {
   return operation();
 }
 
-Status Member::grant(int64_t bytes, int64_t quantum, bool partial, int64_t& granted) {
+Status Member::grant(int64_t bytes, int64_t quantum, bool partial, bool urgent, int64_t& granted) {
   granted = 0;
   if (Status status = check_bytes(bytes, "a lease"); !status.ok()) return status;
   if (quantum <= 0) {
@@ -79,10 +79,10 @@ Status Member::grant(int64_t bytes, int64_t quantum, bool partial, int64_t& gran
   const auto wanted = static_cast<uint64_t>(bytes - bytes % quantum);
   Tally sum;
   uint64_t claim = 0;
-  if (!tally(*file_, sum).ok() || (claim = claim_of(sum.state, index_)) < wanted) {
+  if (!tally(*file_, sum).ok() || (claim = claim_of(sum.state, index_, urgent)) < wanted) {
     reap_dead(*file_, nullptr);
     if (Status status = tally(*file_, sum); !status.ok()) return status;
-    claim = claim_of(sum.state, index_);
+    claim = claim_of(sum.state, index_, urgent);
   }
   uint64_t given = std::min(wanted, claim);
   if (given < wanted) given = partial ? given - given % static_cast<uint64_t>(quantum) : 0;
@@ -92,23 +92,23 @@ Status Member::grant(int64_t bytes, int64_t quantum, bool partial, int64_t& gran
   return {};
 }
 
-Status Member::lease(int64_t bytes, bool& granted) {
+Status Member::lease(int64_t bytes, bool& granted, bool urgent) {
   int64_t given = 0;
-  Status status = grant(bytes, 1, false, given);
+  Status status = grant(bytes, 1, false, urgent, given);
   granted = status.ok() && given == bytes;
   return status;
 }
 
 Status Member::lease_up_to(int64_t bytes, int64_t quantum, int64_t& granted) {
-  return grant(bytes, quantum, true, granted);
+  return grant(bytes, quantum, true, false, granted);
 }
 
-Status Member::claimable(uint64_t& bytes) {
+Status Member::claimable(uint64_t& bytes, bool urgent) {
   return locked([&] {
     reap_dead(*file_, nullptr);
     Tally sum;
     if (Status status = tally(*file_, sum); !status.ok()) return status;
-    bytes = claim_of(sum.state, index_);
+    bytes = claim_of(sum.state, index_, urgent);
     return Status{};
   });
 }

@@ -149,7 +149,7 @@ bool ranks_before(const View& d, const View& m) {
   return Wide{over(d)} * m.weight * 10 < Wide{over(m)} * d.weight * 9;
 }
 
-uint64_t claimable(const State& state, int index) {
+uint64_t claimable(const State& state, int index, bool urgent) {
   const View& m = state.members[index];
   Wide for_others = 0;
   for (int i = 0; i < state.count; ++i) {
@@ -157,7 +157,9 @@ uint64_t claimable(const State& state, int index) {
     const View& other = state.members[i];
     const uint64_t floor = floor_of(other);
     for_others += floor;
-    if (other.demand != 0 && ranks_before(other, m)) for_others += less(want(other), floor);
+    if (other.demand != 0 && (urgent ? other.priority > m.priority : ranks_before(other, m))) {
+      for_others += less(want(other), floor);
+    }
   }
   const Wide of_floor = std::min<Wide>(state.avail, floor_of(m));
   const uint64_t most = above_zero(std::max(of_floor, state.avail - for_others));

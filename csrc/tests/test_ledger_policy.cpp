@@ -107,6 +107,18 @@ TEST_CASE("who ranks before is left what it waits for") {
   CHECK(claimable(state_of(1000, {m, d}), 0) == 170);
 }
 
+TEST_CASE("what is urgent is kept from guarantees and higher priorities only") {
+  View d = with(member(100), &View::demand, 250);
+  View m = member(300);
+  CHECK(claimable(state_of(1000, {m, d}), 0, true) == 600);
+  d.guarantee = 300;
+  CHECK(claimable(state_of(1000, {m, d}), 0, true) == 400);
+  d.priority = 1;
+  CHECK(claimable(state_of(1000, {m, d}), 0, true) == 350);
+  m.limit = 310;
+  CHECK(claimable(state_of(1000, {m, d}), 0, true) == 10);
+}
+
 TEST_CASE("rank is by priority, then by what is held above the guarantee, per weight") {
   View a = member(100);
   View b = member(200);

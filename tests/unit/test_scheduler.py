@@ -78,8 +78,8 @@ def test_blocks_that_are_there_cost_no_look_at_the_ledger(
     looks = []
     ask = engine.scheduler.growable_blocks
 
-    def counted(*args: object) -> int:
-        looks.append(args)
+    def counted(**how: object) -> int:
+        looks.append(how)
         return ask()
 
     monkeypatch.setattr(engine.scheduler, "growable_blocks", counted)

@@ -118,13 +118,14 @@ class Member {
   uint64_t generation() const { return generation_; }
 
   // All or nothing; `granted` false is "not now": the memory is not there, or it is kept for the
-  // guarantee of another, or for one that waits and ranks before. Before it says no, the dead are
+  // guarantee of another, or for one that waits and ranks before. What is `urgent`, since the
+  // member would stop without it, waits for higher priorities only. Before it says no, the dead are
   // reaped.
-  Status lease(int64_t bytes, bool& granted);
+  Status lease(int64_t bytes, bool& granted, bool urgent = false);
   // As much as there is, up to `bytes`, in multiples of `quantum`.
   Status lease_up_to(int64_t bytes, int64_t quantum, int64_t& granted);
   // What could be leased now.
-  Status claimable(uint64_t& bytes);
+  Status claimable(uint64_t& bytes, bool urgent = false);
   // More than is leased is invalid_argument and changes nothing. Rings for those who wait.
   Status release(int64_t bytes);
 
@@ -192,7 +193,7 @@ class Member {
                      const char* what);
   template <typename Operation>
   Status locked(Operation operation);
-  Status grant(int64_t bytes, int64_t quantum, bool partial, int64_t& granted);
+  Status grant(int64_t bytes, int64_t quantum, bool partial, bool urgent, int64_t& granted);
 
   const std::shared_ptr<ledger::LedgerFile> file_;
   const std::unique_ptr<ledger::LockFd> life_;  // holds the slot's byte

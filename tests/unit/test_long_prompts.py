@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines with prompts for more than an equal share of the memory, computed in chunks: one after
+the other, all of them are served."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from kvcached_core import Ledger
+from tests.support.block_pool import PAGE
+from tests.support.little_vllm import LittleScheduler, Prompt
+
+PASS_S = 0.01
+CHUNK = 6
+MOST = 6000
+
+
+class World:
+    """Engines of one ledger, whose passes take 10 ms each, in any order."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._path = folder / "host-0.ledger"
+        self.now = 100.0
+        for module in ("scheduler", "demand", "giving"):
+            monkeypatch.setattr(f"kvcached_core.{module}.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("kvcached_core.scheduler._STARVED_PAUSE_MS", 0)
+
+    def engines(
+        self, pages: int, prompts: list[list[Prompt]], **kind: bool
+    ) -> list[LittleScheduler]:
+        return [
+            LittleScheduler(
+                Ledger(str(self._path), pages * PAGE, 0),
+                f"e{index}",
+                own,
+                CHUNK,
+                parked_bytes=2 * PAGE,
+                **kind,
+            )
+            for index, own in enumerate(prompts)
+        ]
+
+    def serve(self, engines: list[LittleScheduler], shuffled: random.Random) -> int:
+        """Until all is served; the passes it took."""
+        for step in range(MOST):
+            order = shuffled.sample(engines, len(engines))
+            for engine in order:
+                engine.begin()
+            for engine in order:
+                engine.schedule()
+            for engine in order:
+                engine.end()
+            self.now += PASS_S
+            if all(engine.is_done for engine in engines):
+                return step
+        left = [(len(engine.waiting), len(engine.running)) for engine in engines]
+        pytest.fail(f"after {MOST} passes these still wait and run: {left}")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(("engines", "pages"), [(2, 31), (3, 32), (3, 45)])
+def test_all_are_served_one_after_the_other(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engines: int,
+    pages: int,
+    cached: bool,
+    whole: bool,
+) -> None:
+    for seed in range(6):
+        at_random = random.Random(seed)
+        folder = tmp_path / str(seed)
+        folder.mkdir(mode=0o700)
+        world = World(folder, monkeypatch)
+        prompts = [
+            [Prompt(at_random.randint(12, 21), 20) for _ in range(3)] for _ in range(engines)
+        ]
+        all_ = world.engines(pages, prompts, cached=cached, whole=whole)
+        world.serve(all_, at_random)
+        for engine in all_:
+            engine.engine.scheduler.close()
+
+
+def test_the_only_request_of_an_engine_goes_on_while_an_equal_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path, monkeypatch)
+    prompts = [[Prompt(18, 20)], [Prompt(18, 20)]]
+    runs, waits = world.engines(31, prompts, cached=False, whole=True)
+    for _ in range(2):  # so that what is left is not enough for the other
+        runs.begin()
+        runs.schedule()
+        runs.end()
+    assert world.serve([runs, waits], random.Random(0)) < 60
+    assert runs.preemptions == waits.preemptions == 0
