@@ -20,6 +20,10 @@ class Unsupported(EngineError):
     """It cannot do that at all, and goes on as it was."""
 
 
+class NotNow(EngineError):
+    """It is well, and may do so later: others have what it needs."""
+
+
 class Engine(ABC):
     """One running engine. Each call may take until ``timeout`` seconds are over."""
 
@@ -57,6 +61,7 @@ class Engine(ABC):
             timeout: seconds.
 
         Raises:
+            NotNow: it sleeps as before, since there is no room for it.
             EngineError: it sleeps as before, as far as one can tell.
         """
 
@@ -92,7 +97,8 @@ class _HttpEngine(Engine):
             raise Unsupported(f"{self._client.base_url} has no {path}: {remedy}")
         if response.is_error:
             said = response.text[:300].strip()
-            raise EngineError(
+            kind = NotNow if response.status_code == 503 else EngineError
+            raise kind(
                 f"{self._client.base_url}: {method} {path}: status {response.status_code} {said}"
             )
         return response

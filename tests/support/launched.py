@@ -53,6 +53,11 @@ class Site:
         body = {"model": model, "prompt": "hi", **more}
         return await self.client.post("/v1/completions", json=body)
 
+    async def behave(self, model: str = "m", **fields: Any) -> None:
+        """Have the model's engine do so from now on: fields of `upstream.Upstream`."""
+        url = self.router.models[model].replicas[0].name
+        (await self.client.post(f"{url}/behave", json=fields)).raise_for_status()
+
     def supervisor(self, model: str = "m", index: int = 0) -> Supervisor:
         found = self.router.models[model].replicas[index].supervisor
         assert found is not None

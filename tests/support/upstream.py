@@ -71,6 +71,7 @@ class Upstream:
     wake_gate: asyncio.Event | None = None
     sleep_gate: asyncio.Event | None = None
     wake_status: int = 200
+    sleep_status: int = 200
     running: int = 0
     most_running: int = 0
     slept_while_running: bool = False
@@ -93,6 +94,7 @@ class Upstream:
                 Route("/model_info", self._model_info),
                 Route("/server_info", self._server_info),
                 Route("/probes", self._probes),
+                Route("/behave", self._behave, methods=["POST"]),
                 Route("/release_memory_occupation", self._sleep, methods=["POST"]),
                 Route("/resume_memory_occupation", self._wake, methods=["POST"]),
             ]
@@ -172,8 +174,8 @@ class Upstream:
         self.slept_while_probed |= self.probing > 0
         if self.sleep_gate is not None:
             await self.sleep_gate.wait()
-        self.asleep = True
-        return Response()
+        self.asleep = self.sleep_status == 200
+        return Response(status_code=self.sleep_status)
 
     async def _reload(self, request: Request) -> Response:
         self.reloads += json.loads(await request.body())["method"] == "reload_weights"
@@ -181,6 +183,13 @@ class Upstream:
 
     async def _probes(self, _: Request) -> Response:
         return JSONResponse(self.probes)
+
+    async def _behave(self, request: Request) -> Response:
+        """Of one in another process: what it is to do from now on."""
+        for name, value in json.loads(await request.body()).items():
+            assert hasattr(self, name)
+            setattr(self, name, value)
+        return Response()
 
     async def _server_info(self, _: Request) -> Response:
         return JSONResponse(self.server_info)

@@ -19,7 +19,7 @@ from kvcached_core.router.launch.backoff import Backoff
 from kvcached_core.router.launch.command import command, environment
 from kvcached_core.router.launch.process import EngineProcess
 from kvcached_core.router.settings import GpuSettings, ModelSettings, RestartSettings
-from tests.support.launched import REPO, UPSTREAM, launch, site
+from tests.support.launched import REPO, UPSTREAM, Site, launch, site
 from tests.support.server import free_port
 from tests.support.waiting import LONG_S, run, until
 from tests.unit.test_router_process import STREAM, ask, get, router
@@ -247,6 +247,47 @@ def test_an_engine_that_dies_asleep_is_started_by_the_next_request(tmp_path: Pat
             assert s.router.models["m"].state == "asleep"
             assert (await s.complete()).status_code == 200
             assert s.supervisor().starts == 2
+
+    run(main)
+
+
+async def _asleep(s: Site) -> None:
+    assert (await s.complete()).status_code == 200
+    assert (await s.client.post("/action/sleep/m")).status_code == 200
+
+
+def test_an_engine_that_cannot_wake_any_more_is_started_anew(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path, one(launch(tmp_path), sleep={"retry": "10ms"})) as s:
+            await _asleep(s)
+            await s.behave(wake_status=500)
+            pid = s.pid()
+            for _ in range(2):
+                answer = await s.complete()
+                assert (answer.status_code, s.pid()) == (503, pid)
+                assert "out of memory" in answer.json()["error"]["message"]
+                await asyncio.sleep(0.02)
+            assert (await s.complete()).status_code == 200, "the third attempt, and a start"
+            assert (s.supervisor().starts, s.supervisor().crashes) == (2, 1)
+            assert s.pid() != pid
+            await _asleep(s)
+            assert (await s.complete()).status_code == 200
+            assert s.supervisor().starts == 2
+
+    run(main)
+
+
+def test_an_engine_that_has_no_room_is_left_as_it_is(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path, one(launch(tmp_path), sleep={"retry": "10ms"})) as s:
+            await _asleep(s)
+            await s.behave(wake_status=503)
+            for _ in range(5):
+                assert (await s.complete()).status_code == 503
+                await asyncio.sleep(0.02)
+            await s.behave(wake_status=200)
+            assert (await s.complete()).status_code == 200
+            assert s.supervisor().starts == 1
 
     run(main)
 

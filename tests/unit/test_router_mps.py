@@ -124,6 +124,49 @@ def test_a_fault_of_one_has_all_started_again_in_order(
     run(main)
 
 
+def test_a_fault_while_all_sleep_is_found_by_the_first_that_wakes(tmp_path: Path, mps: Mps) -> None:
+    async def main() -> None:
+        guard = MpsGuard(settle_s=0.3)
+        async with site(tmp_path, settings(tmp_path, 0, 0, 0), guard) as s:
+            before = await all_ready(s, 3)
+            for name in ("m0", "m1", "m2"):
+                assert (await s.client.post(f"/action/sleep/{name}")).status_code == 200
+                # Nobody computes, so nobody ends; but none can have its weights back.
+                await s.behave(name, wake_status=500)
+            serving(mps, before, "FAULT\n")
+            asked = asyncio.create_task(s.complete("m1"))
+            await until(lambda: not any(s.supervisor(f"m{i}").ready for i in range(3)))
+            serving(mps, [], "ACTIVE\n")
+            assert (await asked).status_code == 200
+            assert guard.faults == 1
+            assert [s.supervisor(f"m{i}").starts for i in range(3)] == [1, 2, 1]
+            # The others had lost their contexts as well: they start when they are asked.
+            assert not s.supervisor("m0").wanted and not s.supervisor("m2").wanted
+            assert [(await s.complete(f"m{i}")).status_code for i in range(3)] == [200] * 3
+            assert [s.supervisor(f"m{i}").starts for i in range(3)] == [2, 2, 2]
+            assert guard.faults == 1
+
+    run(main)
+
+
+def test_a_fault_found_by_one_that_falls_asleep(tmp_path: Path, mps: Mps) -> None:
+    async def main() -> None:
+        guard = MpsGuard(settle_s=0.3)
+        async with site(tmp_path, settings(tmp_path, 0, 0), guard) as s:
+            before = await all_ready(s, 2)
+            await s.behave("m0", sleep_status=500)
+            assert (await s.client.post("/action/sleep/m0")).status_code == 409
+            assert [s.pid(f"m{i}") for i in range(2)] == before, "its own affair"
+            serving(mps, before, "FAULT\n")
+            assert (await s.client.post("/action/sleep/m0")).status_code == 409
+            await until(lambda: not any(s.supervisor(f"m{i}").ready for i in range(2)))
+            serving(mps, [], "ACTIVE\n")
+            after = await all_ready(s, 2)
+            assert not set(before) & set(after) and guard.faults == 1
+
+    run(main)
+
+
 def test_several_that_end_at_once_share_a_fault(tmp_path: Path, mps: Mps) -> None:
     async def main() -> None:
         guard = MpsGuard(settle_s=0.3)

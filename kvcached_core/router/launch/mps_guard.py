@@ -151,6 +151,10 @@ class MpsGuard:
             self._waiting = []
             self._task = asyncio.create_task(self._look(), name="mps: what ended an engine")
 
+    async def is_sealed(self, client: _Client) -> bool:
+        """Whether the server reports a fault that may have taken the client's GPU context."""
+        return client.uses and bool(await self._bad()) and not self._is_explained([client])
+
     async def stop(self) -> None:
         """End the daemon if this router started it and nobody uses it."""
         if self._task is not None:
@@ -291,3 +295,6 @@ class _Shared:
 
     def ended(self, said: str) -> None:
         self.guard.ended(self.client, said)
+
+    async def is_sealed(self) -> bool:
+        return await self.guard.is_sealed(self.client)

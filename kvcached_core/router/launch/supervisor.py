@@ -54,6 +54,9 @@ class Fate(Protocol):
     def ended(self, said: str) -> None:
         """Note that it ended, unasked."""
 
+    async def is_sealed(self) -> bool:
+        """Whether what it shares is broken, and with it the process, if that still runs."""
+
 
 class Alone:
     """Shares nothing."""
@@ -66,6 +69,9 @@ class Alone:
 
     def ended(self, said: str) -> None:
         pass
+
+    async def is_sealed(self) -> bool:
+        return False
 
 
 @dataclass
@@ -118,6 +124,8 @@ class Supervisor:
     _wanted: bool = False
     """Of the run that there is now."""
     _blameless: bool = False
+    _anew: bool = False
+    """The next run begins whatever :attr:`Hooks.restart` says."""
     _task: asyncio.Task[None] | None = None
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _broken: asyncio.Event = field(default_factory=asyncio.Event)
@@ -184,6 +192,22 @@ class Supervisor:
         self.problem = why
         self._blameless = blameless
         self._broken.set()
+
+    async def start_anew(self, why: str) -> None:
+        """Have this run ended as if by itself, and wait until another one is ready.
+
+        Raises:
+            EngineError: its first attempt failed and it is stopped, or somebody stopped it.
+        """
+        before = self.crashes
+        self._anew = True
+        self.end_run(why)
+        while self.crashes == before and self._asked:
+            self._settled.clear()
+            await self._settled.wait()
+        if not self._asked:
+            raise EngineError(f"{self.name} is not started anew: {self.problem}")
+        await self.started()
 
     # -- the life of one ---------------------------------------------------------------------------
 
@@ -258,7 +282,8 @@ class Supervisor:
             self._backoff.failed(0.0 if since is None else time.monotonic() - since)
         self._blameless = False
         log.error("engine %s: %s", self.name, said)
-        self._wanted = self.hooks.restart()
+        self._wanted = self._anew or self.hooks.restart()
+        self._anew = False
         if self._wanted:
             self._set(Phase.WAITING, said)
         self._settled.set()
