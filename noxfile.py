@@ -203,6 +203,12 @@ def _lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy", "--strict", "-p", "kvcached_core", "-p", "engine_forks")
+    # Many run on GPUs only: here it is known at least that the names they use exist.
+    # (Half-typed functions are Triton kernels.)
+    loose = [f"--disable-error-code={code}" for code in ("misc", "no-untyped-def")]
+    loose += ["--allow-untyped-calls", "--allow-untyped-decorators", "--allow-any-generics"]
+    loose += ["--no-warn-return-any", "--ignore-missing-imports", "--follow-imports=silent"]
+    session.run("mypy", *loose, "-p", "benchmarks")
     sources = [
         str(path.relative_to(REPO))
         for folder in ("csrc", "tests")

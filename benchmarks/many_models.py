@@ -7,7 +7,9 @@ The router launches the engines, one after the other, and puts each to sleep. Th
 few seconds with requests now and then (the pattern `burst`, benchmarks/serving/patterns.py): the
 first request of a burst wakes it, for which others must have fallen asleep or be idle. Reported are
 the times to first token, those of requests that woke a model apart, and every model's wakes.
-`--sleep cold` ends engines instead of putting them to sleep, `--sleep never` keeps all awake.
+`--sleep cold` ends engines instead of putting them to sleep, `--sleep never` keeps all awake. With
+`--fault` a further client of the same MPS server then writes to an address that is not there, which
+ends every engine, and each model is asked at once: how long until the router has started it anew?
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,8 @@ from benchmarks.serving.model import SHAPES, make_model
 from benchmarks.serving.observe import LedgerWatch
 from benchmarks.serving.patterns import Lengths, parse
 from benchmarks.serving.setup import TINY_ARGS
+from kvcached_core.config import Config
+from kvcached_core.mps import Mps, client_environment, default_directory
 from kvcached_core.sleep.host_file import sweep
 from tests.support.engines import ENVIRONMENT, engine_environment
 from tests.support.server import free_port
@@ -53,11 +59,11 @@ class Router:
     def __init__(self, args: argparse.Namespace, folder: Path, model: Path) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
         self._folder, self._out = folder, args.out
-        self._env = engine_environment("patched", fixed=False) | compile_cache(
+        self.environment = engine_environment("patched", fixed=False) | compile_cache(
             args.work / "compiled"
         )
-        self._env |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-        self._env |= ENVIRONMENT if args.tiny else {}
+        self.environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        self.environment |= ENVIRONMENT if args.tiny else {}
         settings = {
             "listen": self.url.removeprefix("http://"),
             "ledger_dir": str(folder / "ledger"),
@@ -104,7 +110,9 @@ class Router:
         command = [sys.executable, "-m", "kvcached_core.cli.router", "serve"]
         command.append(str(self._folder / "router.yaml"))
         with (self._out / "router.log").open("wb") as log:
-            process = subprocess.Popen(command, cwd=REPO, stdout=log, stderr=log, env=self._env)
+            process = subprocess.Popen(
+                command, cwd=REPO, stdout=log, stderr=log, env=self.environment
+            )
         try:
             yield
         finally:
@@ -115,13 +123,33 @@ class Router:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
             return json.loads(answer.read())
 
+    def ask(self, model: str, limit_s: float) -> dict[str, Any]:
+        """One short request: what came of it, and after how long."""
+        body = {"model": model, "prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0}
+        request = urllib.request.Request(
+            self.url + "/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        begin, said = time.monotonic(), ""
+        try:
+            with urllib.request.urlopen(request, timeout=limit_s) as answer:
+                status, text = answer.status, json.load(answer)["choices"][0]["text"]
+        except urllib.error.HTTPError as error:
+            status, text, said = error.code, "", error.read().decode()[:300]
+        except OSError as error:
+            status, text, said = 0, "", repr(error)
+        spent = round(time.monotonic() - begin, 2)
+        return {"status": status, "seconds": spent, "text": text, "error": said}
+
     def wait(self, state: str, limit_s: float) -> dict[str, float]:
         """Until all models are in this state; when each was, in seconds from now.
 
         Raises:
             TimeoutError: they were not in time.
         """
-        begin, found = time.monotonic(), {}
+        begin = time.monotonic()
+        found: dict[str, float] = {}
         while True:
             states: dict[str, str] = {}
             with contextlib.suppress(OSError):
@@ -148,6 +176,42 @@ def waking(rows: list[Sent], gap_s: float) -> list[Sent]:
             found.append(row)
         last = max(last, row.last if not row.error else row.due)
     return found
+
+
+def fault(args: argparse.Namespace, router: Router) -> dict[str, Any]:
+    """Ends all engines by a fault of another client; what each model answers before and after."""
+    models = names(args.models)
+
+    def ask_all(limit_s: float) -> dict[str, Any]:
+        with ThreadPoolExecutor(len(models)) as pool:
+            asked = pool.map(lambda model: router.ask(model, limit_s), models)
+            return dict(zip(models, asked, strict=True))
+
+    before = ask_all(120)
+    daemon = default_directory(router.environment)
+    if Mps(daemon).pid() is None:
+        raise RuntimeError(f"the router's engines are no clients of MPS: no daemon at {daemon}")
+    culprit = subprocess.run(
+        [sys.executable, str(REPO / "benchmarks/gpu/fatal_fault.py")],
+        env=os.environ | client_environment(Config(), daemon),
+        input="now\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    found: dict[str, Any] = {"before": before, "culprit": culprit.stdout.splitlines()[-1:]}
+    found["at_once"] = ask_all(args.drain)
+    begin = time.monotonic()
+    found["all_asleep_after_s"] = router.wait("asleep", args.start_limit)
+    found["afterwards"] = ask_all(args.drain)
+    found["spent_s"] = round(time.monotonic() - begin, 1)
+    with urllib.request.urlopen(router.url + "/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    wanted = ("mps_faults_total", "engine_crashes_total", "engine_starts_total")
+    found["metrics"] = [line for line in lines if any(name in line for name in wanted)]
+    same = [before[m]["text"] == found["afterwards"][m]["text"] for m in models]
+    return found | {"same_answers": sum(same)}
 
 
 def report(args: argparse.Namespace, runs: list[Run], router: Router) -> dict[str, Any]:
@@ -182,6 +246,7 @@ def main() -> int:
     parser.add_argument("--start-limit", type=float, default=420, help="seconds to start them all")
     parser.add_argument("--parallel-starts", type=int, default=1, help="engines starting at a time")
     parser.add_argument("--drain", type=float, default=60, help="seconds after the last request")
+    parser.add_argument("--fault", action="store_true", help="end all engines in the end")
     parser.add_argument("--engine-args", nargs="*", default=[])
     parser.add_argument(
         "--work", type=Path, default=Path(tempfile.gettempdir()) / "kvcached-bench",
@@ -226,6 +291,10 @@ def main() -> int:
                 runs = play(jobs, pattern.seconds + args.drain + 30)
             found |= report(args, runs, router) | {"peak_mib": memory.take_peak() >> 20}
             timeline = watch.timeline.since(runs[0].begin).as_json()
+            (args.out / "report.json").write_text(json.dumps(found, indent=1) + "\n")
+            if args.fault:
+                found["fault"] = fault(args, router)
+                print(json.dumps(found["fault"]), flush=True)
     memory.stop()
     sweep(WEIGHTS)  # of engines that had to be killed
     (args.out / "report.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -104,7 +104,7 @@ class Overhead:
         before = sum(fleet.preemptions())
         with LedgerWatch(fleet.ledger and fleet.ledger.resolve(), self.memory.used) as watch:
             (run,) = play(todo, drain_s + 20)
-        row = {"system": started.system.text, "cell": cell.text, "round": number}
+        row: dict[str, Any] = {"system": started.system.text, "cell": cell.text, "round": number}
         row |= {"at_s": self.clock.spent(), "prefix_cache": args.prefix_cache}
         row |= measured(cell, run, watch.timeline.since(run.begin))
         row["preemptions"] = sum(fleet.preemptions()) - before

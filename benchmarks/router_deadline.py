@@ -82,7 +82,7 @@ class Outcome:
 def trace(kinds: list[Kind], rate: float, seconds: float, seed: int) -> list[Arrival]:
     """Poisson arrivals in bursts: every other 5 s have three times the rate of those between."""
     source = random.Random(seed)
-    arrivals = []
+    arrivals: list[Arrival] = []
     at = 0.0
     while True:
         busy = int(at / 5) % 2 == 0

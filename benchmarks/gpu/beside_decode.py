@@ -78,21 +78,21 @@ def lost(steps: list[float], usual: float) -> dict[str, Any]:
     }
 
 
-def measure(loop: DecodeLoop, gib: float, page_bytes: int, pace: tuple[int, int]) -> dict[str, Any]:
+def measure(loop: DecodeLoop, gib: float, page_bytes: int) -> dict[str, Any]:
     """Pages that come and go in the background, and on the loop's own thread."""
     from kvcached_core._core import Arena, CudaBackend, Geometry, Mapper, PagePool
 
     pages = int(gib * 2**30) // page_bytes
     backend = CudaBackend(0)
     arena = Arena(backend, PagePool(backend, page_bytes), Geometry(page_bytes, page_bytes, pages))
-    mapper = Mapper(arena, pace_pages=pace[0], pace_rest=pace[1])
+    mapper = Mapper(arena)
     blocks = [(1, pages)]
     usual = statistics.median(loop.run(lambda step: step < 200))
 
     def until_idle(step: int) -> bool:
         return step < 20 or mapper.pending > 0
 
-    report: dict[str, Any] = {"page_mib": page_bytes >> 20, "pace": pace, "pages": pages}
+    report: dict[str, Any] = {"page_mib": page_bytes >> 20, "pages": pages}
     report["step_ms"] = round(1e3 * usual, 3)
     begin = time.perf_counter()
     mapper.commit_ahead(blocks)
@@ -138,15 +138,10 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=16)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--page-mib", type=int, nargs="+", default=[2, 16])
-    parser.add_argument(
-        "--pace", nargs="+", default=["32:0", "4:3"], help="pages of a piece : rest per work"
-    )
     args = parser.parse_args()
     loop = DecodeLoop(args.batch)
     for mib in args.page_mib:
-        for text in args.pace:
-            pages, rest = map(int, text.split(":"))
-            print(json.dumps(measure(loop, args.gib, mib << 20, (pages, rest))), flush=True)
+        print(json.dumps(measure(loop, args.gib, mib << 20)), flush=True)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def under_load(fleet: Fleet, args: argparse.Namespace, strike: Any) -> dict[str,
 
 def kill(fleet: Fleet, args: argparse.Namespace, memory: DeviceMemory) -> dict[str, Any]:
     victim = fleet.servers[VICTIM]
-    report = {"idle": look(fleet, memory)}
+    report: dict[str, Any] = {"idle": look(fleet, memory)}
 
     def strike() -> dict[str, Any]:
         loaded = look(fleet, memory)
@@ -239,10 +239,9 @@ def recover(fleet: Fleet, before: dict[str, list[list[int]]]) -> dict[str, Any]:
             report["restarted"][name] = str(error)[-1500:]
     for server in fleet.servers:
         try:
-            same = answers(server) == before[server.name]
+            report["same_answers"][server.name] = answers(server) == before[server.name]
         except Exception as error:
-            same = repr(error)[:300]
-        report["same_answers"][server.name] = same
+            report["same_answers"][server.name] = repr(error)[:300]
     return report
 
 

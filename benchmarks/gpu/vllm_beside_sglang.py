@@ -24,7 +24,7 @@ from typing import Any
 # Last, so that an installed kvcached_core is found before this repository's sources.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.gpu.many_engines import Sampler, came_up
+from benchmarks.gpu.many_engines import Sampler, come_up
 from benchmarks.gpu.tokens_and_throughput import LLAMA_8B, DeviceMemory
 from kvcached_core import Ledger
 from tests.support.prompts import equal_prompts
@@ -114,7 +114,7 @@ def main() -> int:
         }
         for server in servers.values():
             stack.callback(server.stop)
-            if not came_up(server):
+            if not come_up([server]):
                 return 1
         (path,) = (folder / "ledger").glob("*.ledger")
         report["idle_device_mib"] = memory.used() >> 20

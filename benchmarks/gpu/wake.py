@@ -26,7 +26,7 @@ from typing import Any
 # Last, so that an installed kvcached_core is found before this repository's sources.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.gpu.many_engines import came_up
+from benchmarks.gpu.many_engines import come_up
 from benchmarks.gpu.tokens_and_throughput import LLAMA_8B, DeviceMemory
 from kvcached_core import Ledger
 from kvcached_core.sleep.host_file import sweep
@@ -201,7 +201,7 @@ def main() -> int:
                 if system != "ours-two":
                     first = server(kind, system)
                     stack.callback(first.stop)
-                    if not came_up(first):
+                    if not come_up([first]):
                         return 1
                     report[system] = run(first, args, weights, memory)
                 else:
@@ -223,7 +223,7 @@ def two(
     servers = [server("patched", name) for name in ("one", "two")]
     for each in servers:
         stack.callback(each.stop)
-        if not came_up(each):
+        if not come_up([each]):
             raise RuntimeError(each.output()[-3000:])
         post(each, "/sleep?level=1")
     (path,) = (folder / "ledger").glob("*.ledger")
@@ -235,7 +235,7 @@ def two(
     copies = {p.name: p.stat().st_size >> 20 for p in weights.iterdir()}
     asleep = memory.used() >> 20
     prompt = equal_prompts(1, args.prompt, 3)[0]
-    turns = []
+    turns, answers = [], []
     for turn in range(6):
         each = servers[turn % 2]
         asked = Asked(each, prompt)
@@ -243,12 +243,14 @@ def two(
         wake_s = post(each, "/wake_up")
         asked.join()
         turns.append({"wake_s": round(wake_s, 4), "first_token_s": round(asked.first_s, 4)})
+        answers.append(asked.tokens)
         post(each, "/sleep?level=1")
     return {
         "copies_mib": copies,
         "both_asleep_mib": asleep,
         "static_asleep_mib": {m.name: m.static_bytes >> 20 for m in Ledger(path).members()},
         "turns": turns,
+        "tokens_equal": all(answer and answer == answers[0] for answer in answers),
     }
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu.tokens_and_throughput import LLAMA_8B
 from tests.support.tiny_model import LLAMA, SPECIAL_TOKENS, TinySpec, make_tiny_model
@@ -32,7 +33,7 @@ def make_model(folder: Path, shape: str) -> Path:
     make_tiny_model(path, spec, weights=False)
     words = {f"t{i}": i for i in range(spec.vocab)}
     special = {word: f"t{i}" for i, word in enumerate(SPECIAL_TOKENS)}
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
