@@ -199,14 +199,15 @@ class Supervisor:
         Raises:
             EngineError: its first attempt failed and it is stopped, or somebody stopped it.
         """
-        before = self.crashes
-        self._anew = True
-        self.end_run(why)
-        while self.crashes == before and self._asked:
-            self._settled.clear()
-            await self._settled.wait()
-        if not self._asked:
-            raise EngineError(f"{self.name} is not started anew: {self.problem}")
+        if self.ready:
+            before = self.crashes
+            self._anew = True
+            self.end_run(why)
+            while self.crashes == before and self._asked:
+                self._settled.clear()
+                await self._settled.wait()
+            if not self._asked:
+                raise EngineError(f"{self.name} is not started anew: {self.problem}")
         await self.started()
 
     # -- the life of one ---------------------------------------------------------------------------
@@ -218,6 +219,7 @@ class Supervisor:
             self._settled.set()
             return
         self._wanted = True
+        self._anew = False
         self._stop.clear()
         try:
             self._set(Phase.WAITING, "it waits for its port")
