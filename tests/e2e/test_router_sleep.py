@@ -40,9 +40,14 @@ def _model(name: str, models: Models, folder: Path, capacity: int, **sleep: Any)
             "sleep": {"at_start": True, **sleep}}  # fmt: skip
 
 
-def test_a_model_sleeps_and_wakes_in_its_process(models: Models, tmp_path: Path) -> None:
+def test_a_model_wakes_in_its_process_and_if_it_cannot_in_a_new_one(
+    models: Models, tmp_path: Path
+) -> None:
     ledger_dir = tmp_path / "ledger"
-    model_settings = _model("alpha", models, tmp_path, 64 * MIB, after="2s")
+    there, away = tmp_path / "model", tmp_path / "away"
+    shutil.copytree(models.llama, there)
+    mine = replace(models, llama=there)
+    model_settings = _model("alpha", mine, tmp_path, 64 * MIB, after="2s", retry="10ms")
     settings = {"gpus": {"0": {}}, "models": [model_settings]}
 
     def alpha() -> Any:
@@ -82,6 +87,25 @@ def test_a_model_sleeps_and_wakes_in_its_process(models: Models, tmp_path: Path)
             assert s.pid("alpha") == pid
             assert (s.supervisor("alpha").starts, s.supervisor("alpha").crashes) == (1, 0)
 
+            # Its weights were dropped, and now there is nothing to load them from.
+            there.rename(away)
+            for attempt in (1, 2):
+                answer = await s.complete("alpha", prompt=[7] * 40)
+                assert answer.status_code == 503, attempt
+                assert "collective_rpc" in answer.json()["error"]["message"]
+                assert s.pid("alpha") == pid
+                await asyncio.sleep(0.05)
+            third = asyncio.create_task(
+                s.complete("alpha", prompt=[7] * 40, max_tokens=24, temperature=0)
+            )
+            await until(lambda: s.supervisor("alpha").crashes == 1)
+            away.rename(there)  # in time for the next start
+            assert {(await third).json()["choices"][0]["text"]} == said
+            assert s.supervisor("alpha").starts == 2 and s.pid("alpha") != pid
+            assert [m.name for m in Ledger(ledger_path(ledger_dir)).members() if m.alive] == [
+                "alpha"
+            ]
+
     asyncio.run(main())
 
 
@@ -118,49 +142,5 @@ def test_the_idle_one_makes_room(models: Models, tmp_path: Path) -> None:
             for name in names:
                 model = s.router.models[name]
                 assert (model.wakes, model.failed_wakes) == (3, 0)
-
-    asyncio.run(main())
-
-
-def test_one_that_cannot_wake_is_started_anew(models: Models, tmp_path: Path) -> None:
-    """Its weights were dropped, and for a while there is nothing to load them from."""
-    there, away = tmp_path / "model", tmp_path / "away"
-    shutil.copytree(models.llama, there)
-    mine = replace(models, llama=there)
-    settings = {
-        "gpus": {"0": {}},
-        "models": [_model("alpha", mine, tmp_path, 64 * MIB, level=2, retry="10ms")],
-    }
-
-    async def main() -> None:
-        async with site(tmp_path, settings) as s:
-            s.client.timeout = 240
-
-            async def ask() -> Any:
-                return await s.complete("alpha", prompt=[7] * 40, max_tokens=24, temperature=0)
-
-            while s.router.models["alpha"].state != "asleep":
-                await asyncio.sleep(0.1)
-            expected = await ask()
-            assert expected.status_code == 200, expected.text
-            pid = s.pid("alpha")
-            assert (await s.client.post("/action/sleep/alpha")).status_code == 200
-            there.rename(away)
-            for attempt in (1, 2):
-                answer = await ask()
-                assert answer.status_code == 503, attempt
-                assert "collective_rpc" in answer.json()["error"]["message"]
-                assert s.pid("alpha") == pid
-                await asyncio.sleep(0.05)
-            asked = asyncio.create_task(ask())
-            await until(lambda: s.supervisor("alpha").crashes == 1)
-            away.rename(there)  # in time for the next start
-            again = await asked
-            assert again.status_code == 200, again.text
-            assert s.supervisor("alpha").starts == 2
-            assert again.json()["choices"][0]["text"] == expected.json()["choices"][0]["text"]
-            assert s.pid("alpha") != pid
-            members = Ledger(ledger_path(tmp_path / "ledger")).members()
-            assert [member.name for member in members if member.alive] == ["alpha"]
 
     asyncio.run(main())
