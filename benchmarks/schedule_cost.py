@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step of a real vLLM engine costs its scheduler on the CPU, unpatched and elastic.
+
+    ENGINE_STOCK=... ENGINE_PATCHED=... python benchmarks/schedule_cost.py --batch 1 64 256
+
+A tiny model on the CPU, in one process, so many requests that decode together. CPU time of the
+thread in `Scheduler.schedule` and in what is told to metrics, of the fastest tenth and the middle
+of all steps: neighbours on the machine count little. Each engine is a process of its own, and they
+take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Last, so that an installed kvcached_core is found before this repository's sources.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+TIMED = ("schedule", "make_stats")
+ROUNDS = 3
+
+
+def timed(function: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
+    """The function, which notes the microseconds of CPU time it takes."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        begin = time.thread_time_ns()
+        result = function(*args, **kwargs)
+        spent.append((time.thread_time_ns() - begin) / 1e3)
+        return result
+
+    return call
+
+
+def measure(model: str, batch: int, prefix_cache: bool) -> dict[str, Any]:
+    """In the engine that this process imports."""
+    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    spent: dict[str, list[float]] = {name: [] for name in TIMED}
+    for name, times in spent.items():
+        setattr(Scheduler, name, timed(getattr(Scheduler, name), times))
+    llm = LLM(
+        model,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=4096,
+        max_num_seqs=256,
+        kv_cache_memory_bytes=512 << 20,
+        enable_prefix_caching=prefix_cache,
+        disable_log_stats=False,
+    )
+    sampling = SamplingParams(temperature=0, max_tokens=max(40, 400 // batch), ignore_eos=True)
+    prompts = [TokensPrompt(prompt_token_ids=[7 + i] * 48) for i in range(batch)]
+    for number in range(1 + ROUNDS):
+        if number == 1:
+            for times in spent.values():
+                times.clear()
+        llm.generate(prompts, sampling, use_tqdm=False)
+    return {
+        name: {
+            "steps": len(times),
+            "fastest_tenth_us": round(statistics.quantiles(times, n=10)[0], 1),
+            "median_us": round(statistics.median(times), 1),
+        }
+        for name, times in spent.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--repeats", type=int, default=2, help="of each engine, in turns")
+    parser.add_argument("--prefix-cache", action="store_true")
+    parser.add_argument("--here", metavar="MODEL", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.here:
+        print(json.dumps(measure(args.here, args.batch[0], args.prefix_cache)))
+        return
+    from tests.support.engines import engine_environment
+    from tests.support.tiny_model import LLAMA, make_tiny_model
+
+    with tempfile.TemporaryDirectory(prefix="kvcached-schedule-") as name:
+        model = make_tiny_model(Path(name) / "model", LLAMA)
+        elastic = {
+            "ENABLE_KVCACHED": "true",
+            "KVCACHED_NAME": "engine",
+            "KVCACHED_LEDGER_DIR": str(Path(name) / "ledger"),
+            "KVCACHED_CAPACITY": "2GiB",
+            "KVCACHED_PAGE_SIZE": "2MiB",
+        }
+        for batch in args.batch:
+            for _ in range(args.repeats):
+                for flavor, settings in (("stock", {}), ("patched", elastic)):
+                    env = engine_environment(flavor, settings)  # type: ignore[arg-type]
+                    env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+                    command = [sys.executable, __file__, "--here", str(model)]
+                    command += ["--batch", str(batch)]
+                    command += ["--prefix-cache"] if args.prefix_cache else []
+                    done = subprocess.run(
+                        command, env=os.environ | env, capture_output=True, text=True, check=False
+                    )
+                    if done.returncode:
+                        sys.exit(f"the {flavor} engine failed:\n{done.stderr[-4000:]}")
+                    found = json.loads(done.stdout.splitlines()[-1])
+                    print(json.dumps({"engine": flavor, "batch": batch} | found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
