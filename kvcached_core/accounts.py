@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ._core import Ledger, Member
+from ._core import Ledger, Member, MemberInfo
 
 
 @dataclass(slots=True)
@@ -160,12 +160,20 @@ class Accounts:
 
     def rivals_before(self) -> int:
         """How many members of no lower priority come before this one in some ledger's table."""
-        most = 0
-        for account in self._accounts:
-            slot, priority = account.member.slot, account.member.info().priority
-            rivals = (m for m in account.ledger.members() if m.alive and m.priority >= priority)
-            most = max(most, sum(rival.slot < slot for rival in rivals))
-        return most
+        slots = [(account.member.slot, self._rivals(account)) for account in self._accounts]
+        return max((sum(r.slot < slot for r in rivals) for slot, rivals in slots), default=0)
+
+    def rivals_wait(self) -> bool:
+        """Whether members of no lower priority wait for memory of some ledger."""
+        return any(rival.demand > 0 for a in self._accounts for rival in self._rivals(a))
+
+    def _rivals(self, account: Account) -> list[MemberInfo]:
+        own = account.member.info()
+        return [
+            other
+            for other in account.ledger.members()
+            if other.alive and other.slot != own.slot and other.priority >= own.priority
+        ]
 
     def calm(self) -> bool:
         """Whether nobody wants anything of this engine, in any ledger; takes no lock."""

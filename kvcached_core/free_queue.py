@@ -118,9 +118,9 @@ class ElasticFreeQueue:
         missing = num_blocks - self.num_ready
         if missing <= 0:
             return False
-        if self._scheduler.turns_away(running):
+        if self._scheduler.rivals.turns_away(running):
             return True
-        urgent = self._scheduler.keeps_going(running)
+        urgent = self._scheduler.rivals.keeps_going(running)
         if missing <= self._scheduler.growable_blocks(urgent=urgent):
             return False
         self._scheduler.note_shortage(missing)
@@ -147,7 +147,7 @@ class ElasticFreeQueue:
         wanted = num_blocks - hits
         missing = wanted - self._allocator.num_clean
         if missing > 0:
-            self._scheduler.grow(missing, urgent=self._scheduler.keeps_going(running))
+            self._scheduler.grow(missing, urgent=self._scheduler.rivals.keeps_going(running))
         available = self.num_ready - hits
         if wanted > available:
             # What the ledgers could back is not this engine's yet: it waits for that too.

@@ -3,22 +3,11 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Sequence
 
 from .accounts import Accounts
 from .acts import Acts
 from .pools import Pools
-
-_GIVE_WAY_S = 1.0
-"""How long an engine that stands still keeps what it holds, while another one does as well."""
-_STAND_BACK_S = 1.0
-"""For how long it lets the others go first then: what it gave is not enough for two."""
-_LOST_S = 0.05
-"""The same for one that lost the only request it ran; twice as long each time, and longer the more
-members come before it in the ledger's table."""
-_MOST_LOSSES = 5
 
 
 class Giving:
@@ -35,13 +24,6 @@ class Giving:
         self._pools = pools
         self._acts = acts
         self._owed_bytes = 0
-        self._still_since: float | None = None
-        self._back_until = -math.inf
-        self._losses = 0
-
-    def stands_back(self, now: float) -> bool:
-        """Whether this engine gave way a moment ago, and takes nothing for what does not run."""
-        return now < self._back_until
 
     def owe(self, num_bytes: int, of_caches: int) -> None:
         """Give back so much in this pass: unused pages now, and what requests free until its end.
@@ -80,38 +62,6 @@ class Giving:
         if len(pools) > 1:  # what rounding left over
             for index, pool in enumerate(pools):
                 self._acts.empty(index, pool.pages_in(pools.missing(num_bytes)))
-
-    def note_still(self, still: bool) -> None:
-        """Whether nothing runs in this pass for want of memory that others wait for as well.
-
-        If all of them hold equal parts, nobody is asked for any: one after the other they give up
-        all that no request uses, and stand back, until somebody has enough.
-        """
-        if not still:
-            self._still_since = None
-            return
-        now = time.monotonic()
-        if self._still_since is None:
-            self._still_since = now
-        elif now - self._still_since >= _GIVE_WAY_S * (1 + self._accounts.waiting_behind()):
-            self._still_since = now
-            self._back_until = now + _STAND_BACK_S
-            self.give_all()
-
-    def note_lost(self) -> None:
-        """The engine had to preempt the only request it ran.
-
-        Engines that do that in turns, each in the middle of a long prompt, would all begin anew for
-        ever. So the first in the ledger's table goes on as it likes, and others that do not have
-        a higher priority leave it more and more time to finish.
-        """
-        now = time.monotonic()
-        if now - self._back_until > _LOST_S * 2**_MOST_LOSSES:
-            self._losses = 0
-        self._losses = min(self._losses + 1, _MOST_LOSSES)
-        self._back_until = now + _LOST_S * 2**self._losses * min(self._accounts.rivals_before(), 3)
-        if self.stands_back(now):
-            self.give_all()
 
     def let_go(self, needed: Sequence[int]) -> None:
         """Give up all unused pages but those for so many blocks of every pool."""

@@ -26,6 +26,7 @@ from .orders import Orders
 from .plan import ArenaShape, StepOps
 from .pool import CachedBlocks, Pool, geometry_of
 from .pools import Pools
+from .rivals import Rivals
 from .stats import Stats
 from .told import Told
 from .usage import DeviceUsage
@@ -46,8 +47,6 @@ _STARVED_PAUSE_MS = 2
 """How long an engine that could run nothing for want of memory waits for some."""
 _APART_PART = 3
 """Requests have pages of their own while a third of what an engine holds could be had besides."""
-_RIVALS_S = 1.0
-"""For how long others that waited for memory are taken to want it still."""
 _PREEMPTION_PAUSE = 3
 """Passes from one preemption for others to the next: its blocks may come back late."""
 
@@ -114,10 +113,6 @@ class ElasticScheduler:
         self._preempted_in = -_PREEMPTION_PAUSE
         self.contended = False
         """Whether others wait for memory in this pass."""
-        self._stands_back = False
-        self._turned_away = False
-        self._ran = False
-        self._rivals_until = -math.inf
         self.apart = False
         """Whether memory is so plentiful in this pass that no two requests share a page: then all
         pages of a request are empty when it ends, however long its neighbours go on."""
@@ -143,6 +138,7 @@ class ElasticScheduler:
         self._orders = Orders(self.accounts)
         self.acts = Acts(self.accounts, self.pools, self.counters)
         self.giving = Giving(self.accounts, self.pools, self.acts)
+        self.rivals = Rivals(self.accounts, self.giving.give_all)
         self._stats = Stats(self.accounts)
         self.refresh_usage(force=True)
         self.add_pool(
@@ -246,16 +242,6 @@ class ElasticScheduler:
         """Whether this pass gives memory back, and so can take none."""
         return self.pools.gives
 
-    def keeps_going(self, running: bool) -> bool:
-        """Whether what is asked for is urgent: the engine runs nothing but this request."""
-        return running and len(self._running) <= 1
-
-    def turns_away(self, running: bool) -> bool:
-        """Whether a request has to wait although there may be memory: another engine's turn."""
-        turned_away = self._stands_back and not running
-        self._turned_away |= turned_away
-        return turned_away
-
     def grow(self, num_blocks: int, pool: int = 0, urgent: bool = False) -> int:
         """Commit up to ``num_blocks`` more blocks for this step; return how many came."""
         if self.gives:
@@ -300,7 +286,7 @@ class ElasticScheduler:
         """
         self._passes += 1
         self._running, self._waiting = running, waiting
-        self._ran = bool(running)
+        self.rivals.begin(running)
         self._demand.begin(waiting)
         self.accounts.touch()
         self._now = now = time.monotonic()
@@ -314,9 +300,7 @@ class ElasticScheduler:
             unit.page_bytes, unit.accounts, self.pools.held_bytes()
         )
         self.contended = self.accounts.others_wait()
-        if self.contended:
-            self._rivals_until = now + _RIVALS_S
-        self._stands_back = self.giving.stands_back(now)
+        self.rivals.look(now, self.contended)
         # Memory for what runs now is not spare.
         self.pools.keep_for_next(running if self.contended or trimmed else ())
         if self.contended:
@@ -380,9 +364,7 @@ class ElasticScheduler:
         """
         if still is None:
             still = not scheduled_tokens and self._demand.short
-        self.giving.note_still(still and self.contended)
-        if still and self._ran and not self._running and self._now < self._rivals_until:
-            self.giving.note_lost()
+        turned_away = self.rivals.end(bool(still))
         if self.quiet and scheduled_tokens and isinstance(needed_blocks, int):
             quiet = self._end_quietly(needed_blocks)
             if quiet is not None:
@@ -402,7 +384,6 @@ class ElasticScheduler:
             unused = pool.allocator.parked_pages - self._parked_pages(pool) - pages
             self.acts.shrink(index, pool.decay.observe(max(unused, 0), now))
         gave = self.gives
-        turned_away, self._turned_away = self._turned_away, False
         if turned_away:
             self._demand.withdraw()
         short = self._demand.end()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvcached_core import Ledger
-from tests.support.block_pool import PAGE
+from tests.support.block_pool import PAGE, Engine
 from tests.support.little_vllm import LittleScheduler, Prompt
 
 PASS_S = 0.01
@@ -24,7 +24,7 @@ class World:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._path = folder / "host-0.ledger"
         self.now = 100.0
-        for module in ("scheduler", "demand", "giving"):
+        for module in ("scheduler", "demand", "rivals"):
             monkeypatch.setattr(f"kvcached_core.{module}.time.monotonic", lambda: self.now)
         monkeypatch.setattr("kvcached_core.scheduler._STARVED_PAUSE_MS", 0)
 
@@ -97,3 +97,27 @@ def test_the_only_request_of_an_engine_goes_on_while_an_equal_waits(
         runs.end()
     assert world.serve([runs, waits], random.Random(0)) < 60
     assert runs.preemptions == waits.preemptions == 0
+
+
+@pytest.mark.parametrize(("priority", "stands_back"), [(0, True), (1, False)])
+def test_who_gives_way_stands_back_for_its_equals_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, priority: int, stands_back: bool
+) -> None:
+    world = World(tmp_path, monkeypatch)
+    path = str(tmp_path / "host-0.ledger")
+    other = Ledger(path, 31 * PAGE, 0).join("other")
+    assert other.lease(20 * PAGE)
+    mine = Ledger(path, 31 * PAGE, 0)
+    engine = Engine(mine, 1000, PAGE, join={"priority": priority})
+    other.set_demand(20 * PAGE, 1)
+    for _ in range(2):
+        engine.scheduler.begin_pass((), [Prompt(18, 1)])
+        assert not engine.scheduler.rivals.turns_away(False)
+        assert engine.queue.lacks(18)
+        engine.scheduler.take_ops(0)
+        world.now += 1.01
+        other.set_demand(20 * PAGE, 1)
+    world.now -= 1.0
+    engine.scheduler.begin_pass((), [Prompt(18, 1)])
+    assert engine.scheduler.rivals.turns_away(False) is stands_back
+    assert not engine.scheduler.rivals.turns_away(True)
