@@ -147,7 +147,7 @@ def test_rises_with_load_and_falls_to_the_floor(cluster: Cluster, name: str) -> 
 def test_a_prefix_cache_is_held_until_it_is_bounded_or_trimmed(cluster: Cluster, name: str) -> None:
     server = _sglang(cluster, name)
     prompts = equal_prompts(10, 480, seed=2)
-    first = burst(server, prompts, 8)
+    first = Burst(server, prompts, 8).wait()
     # 30 full blocks each.
     cached = 10 * 30 * BLOCK
     wait_until(lambda: cluster.member(name).cached >= cached, 15, "told what is cached")
@@ -168,10 +168,24 @@ def test_a_prefix_cache_is_held_until_it_is_bounded_or_trimmed(cluster: Cluster,
     assert _leased(cluster, name) == cluster.member(name).committed == PAGE == _real(server)
 
 
+def test_nothing_cached_goes_while_there_is_memory(cluster: Cluster) -> None:
+    server = cluster.servers["awake"]
+    length, answer, blocks = 460, 64, 0
+    # Those that run later take blocks as they are decoded, beside what the earlier ones left.
+    for turn, requests in enumerate((2, 10, 5)):
+        Burst(server, equal_prompts(requests, length, seed=30 + turn), answer).wait()
+        blocks += requests * ((length + answer - 1) // 16)
+        wait_until(
+            lambda most=blocks: cluster.member("awake").cached >= most * BLOCK,
+            15,
+            "all that was computed is cached",
+        )
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_orders_to_an_idle_server_take_effect_at_once(cluster: Cluster, name: str) -> None:
     server = cluster.servers[name]
-    burst(server, equal_prompts(16, 480, seed=3), 4)
+    Burst(server, equal_prompts(16, 480, seed=3), 4).wait()
     wait_until(lambda: cluster.member(name).cached >= 14 * MIB, 5, "it keeps what it computed")
     time.sleep(1.2)  # by now it sleeps, if it does
     begin = time.monotonic()
@@ -185,7 +199,7 @@ def test_orders_to_an_idle_server_take_effect_at_once(cluster: Cluster, name: st
 
 def test_a_flushed_cache_goes_back(cluster: Cluster) -> None:
     server = cluster.servers["awake"]
-    burst(server, equal_prompts(8, 480, seed=6), 4)
+    Burst(server, equal_prompts(8, 480, seed=6), 4).wait()
     assert _leased(cluster, "awake") >= 7 * MIB
     wait_until(lambda: server.post("/flush_cache", {})[0] == 200, 15, "it is idle, and flushes")
     wait_until(lambda: _leased(cluster, "awake") <= FLOOR, 15, "given back")
@@ -209,7 +223,7 @@ def test_aborted_requests_give_their_memory_back(cluster: Cluster) -> None:
 
 def test_metrics_tell_what_is_held(cluster: Cluster, references: References) -> None:
     server = cluster.servers["awake"]
-    burst(server, equal_prompts(8, 480, seed=8), 4)
+    Burst(server, equal_prompts(8, 480, seed=8), 4).wait()
     metrics = server.metrics()
     # Counters of retractions and the like are there once they count.
     assert not references.series - metrics.keys(), "stock series are missing"
@@ -290,7 +304,7 @@ def test_a_request_waits_for_what_a_neighbour_holds(
 
 def test_a_sleeper_gives_its_cache(cluster: Cluster) -> None:
     awake, asleep = (cluster.servers[name] for name in NAMES)
-    burst(asleep, equal_prompts(16, 480, seed=4), 4)
+    Burst(asleep, equal_prompts(16, 480, seed=4), 4).wait()
     # The answers come a moment before the pass that tells of it.
     wait_until(lambda: cluster.member("asleep").cached >= 14 * MIB, 5, "it keeps what it computed")
     time.sleep(1.2)  # by now it sleeps
