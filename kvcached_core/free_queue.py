@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .pool import pages_filled
+
 if TYPE_CHECKING:
     from .scheduler import ElasticScheduler
 
@@ -247,7 +249,7 @@ class ElasticFreeQueue:
         excess = self._cached.num_free_blocks - num_blocks
         if excess <= 0:
             return
-        self.empty_pages(excess // self._scheduler.blocks_per_page)
+        self.empty_pages(pages_filled(self._allocator, excess))
         excess = self._cached.num_free_blocks - num_blocks
         if excess > 0:
             self._drop([block.block_id for block in self._cached.popleft_n(excess)])

@@ -22,6 +22,12 @@ def geometry_of(shape: ArenaShape) -> Geometry:
     return Geometry(shape.block_bytes, shape.page_bytes, shape.num_blocks, shape.segments)
 
 
+def pages_filled(allocator: BlockAllocator, num_blocks: int) -> int:
+    """Whole pages of the first geometry in so many blocks, which need not fill theirs evenly."""
+    geometry = allocator.geometries[0]
+    return num_blocks * geometry.block_bytes // geometry.page_bytes
+
+
 class CachedBlocks(Protocol):
     """The unreferenced blocks an engine keeps for their content, and gives up when told."""
 

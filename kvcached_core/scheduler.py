@@ -195,17 +195,13 @@ class ElasticScheduler:
     def queue(self, cache: CachedBlocks | None) -> None:
         self.pools[0].cache = cache
 
-    @property
-    def blocks_per_page(self) -> int:
-        return self.pools[0].blocks_per_page
-
     def free_queue(
         self, blocks: Sequence[Any], cached: BlockList, evict: Callable[[Any], object]
     ) -> ElasticFreeQueue:
         """Make the engine's free queue; called once, by its block pool."""
         queue = ElasticFreeQueue(self, blocks, cached, evict)
         self.queue = queue
-        self._may_keep_apart = self.blocks_per_page > 1
+        self._may_keep_apart = self.pools[0].blocks_per_page > 1
         return queue
 
     # -- growing --------------------------------------------------------------

@@ -20,7 +20,8 @@ from .devices import defaults, describe, open_backend, page_size
 from .join import Joined, join
 from .lockstep import Copy, Leader, Load, Need, PassOrder, Replica, Room
 from .plan import ArenaShape, RankDevice, StepOps, WorkerBinding
-from .scheduler import CachedBlocks, ElasticScheduler, geometry_of
+from .pool import CachedBlocks, geometry_of, pages_filled
+from .scheduler import ElasticScheduler
 from .sglang_checks import check_backends, check_model, check_supported, load_config
 from .sglang_load import PoolKind, States, Tokens, load_of, pool_tokens
 from .sleep.sglang import Reload, SglangSleep, weights_of
@@ -283,10 +284,9 @@ class SglangRank:
         """The scheduler half, on the first rank."""
         return self._leader.scheduler if self._leader is not None else None
 
-    def blocks_per_page(self, pool: int = 0) -> int:
-        """Blocks of a page of this rank, 1 if they are larger."""
-        geometry = self.allocator_of(pool).geometries[0]
-        return max(1, int(geometry.page_bytes // geometry.block_bytes))
+    def pages_filled(self, num_blocks: int, pool: int = 0) -> int:
+        """Whole pages in so many blocks of a pool."""
+        return pages_filled(self.allocator_of(pool), num_blocks)
 
     def attach(self, engine: Any) -> None:
         """The engine's scheduler, once it has its queues."""

@@ -125,7 +125,7 @@ class RealMemory:
 def test_rises_with_load_and_falls_to_the_floor(cluster: Cluster, name: str) -> None:
     server = cluster.servers[name]
     _order(cluster, "cache", name, "0")
-    requests, length, answer = 12, 500, 64
+    requests, length, answer = 12, 500, 256
     with LedgerWatch(cluster.path) as watch, RealMemory(server) as real:
         Burst(server, equal_prompts(requests, length, seed=1), answer).wait()
     check_account(watch)

@@ -187,6 +187,7 @@ def test_a_cache_of_both_pools_is_bounded_trimmed_and_asked_for(
         assert 0 < member.leased <= 4 * MIB
         assert member.passed_over == 0
         assert [a.tokens for a in burst(server, prompts, 4)] == [a.tokens for a in first]
+        wait_until(lambda: _member(folder).cached >= 16 * 464 * FULL, 15, "it is cached again")
         ledger.set_policy(member.slot, member.generation, cache_limit=4 * MIB)
         wait_until(lambda: _member(folder).cached <= 4 * MIB, 15, "bounded")
         assert _member(folder).cached >= MIB

@@ -17,6 +17,7 @@ import numpy as np
 
 from kvcached_core._core import BlockAllocator
 from kvcached_core.lockstep import PassOrder
+from kvcached_core.pool import pages_filled
 from kvcached_core.tree_eviction import nodes_to_evict
 
 
@@ -162,7 +163,8 @@ class PrefixTree:
         self._engine.land()
 
     def evict_down_to(self, num_blocks: int) -> None:
-        self.empty_pages((self.num_cached - num_blocks) // self._engine.blocks_per_page)
+        excess = self.num_cached - num_blocks
+        self.empty_pages(pages_filled(self._engine.allocator, excess))
         self.evict(self.num_cached - num_blocks)
         self._engine.land()
 
@@ -217,8 +219,6 @@ class LittleSglang:
         self.chunked_prefill_size = chunked_prefill_size
         self.max_prefill_tokens = max_prefill_tokens
         self.new_token_ratio_tracker = Ratio(ratio)
-        geometry = allocator.geometries[0]
-        self.blocks_per_page = max(1, geometry.page_bytes // geometry.block_bytes)
         self.tree = PrefixTree(self)
         self._keeps_prefixes = keeps_prefixes
         self._gives_chunks_up = gives_chunks_up

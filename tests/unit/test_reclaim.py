@@ -63,6 +63,19 @@ def test_the_cache_keeps_to_its_bound(ledger: Ledger) -> None:
     assert engine.scheduler.counters["cache_evictions"] == 20
 
 
+def test_no_more_of_the_cache_goes_than_must_if_blocks_straddle_pages(ledger: Ledger) -> None:
+    block_bytes = PAGE * 3 // 8
+    engine = Engine(
+        ledger, 400, block_bytes, join={"cache_limit": 10 * PAGE}, parked_bytes=100 * PAGE
+    )
+    held = engine.take(90)
+    assert held is not None
+    engine.free(held, cached=True)
+    engine.apply()
+    bound = 10 * PAGE // block_bytes
+    assert bound - 4 < engine.queue.num_cached <= bound
+
+
 def test_a_bound_that_is_lowered_wakes_an_idle_engine_and_is_acknowledged(ledger: Ledger) -> None:
     engine = Engine(ledger, 400, PAGE, decay_s=1000)
     held = engine.take(30)

@@ -526,7 +526,7 @@ def test_every_rank_has_an_arena_and_the_first_the_ledger(ranks: Ranks) -> None:
     size = len(ranks.ranks)
     assert [arena.shape for arena in ranks.arenas] == [(400, PAGE // 4)] * size
     assert [rank.scheduler is None for rank in ranks.ranks] == [False, True][:size]
-    assert [rank.blocks_per_page() for rank in ranks.ranks] == [4] * size
+    assert [rank.pages_filled(11) for rank in ranks.ranks] == [2] * size
     (member,) = ranks.ledger().members()
     assert member.name == "engine"
     assert member.leased == member.committed == size * PAGE  # the null block's page
