@@ -17,9 +17,9 @@ from kvcached_core.metrics import GAUGES
 from tests.e2e.conftest import Models
 from tests.support.cluster import MIB, Cluster
 from tests.support.elastic import check_account, elastic_env
-from tests.support.load import Burst
+from tests.support.load import Burst, check_complete
 from tests.support.prompts import equal_prompts
-from tests.support.server import HttpServer, burst
+from tests.support.server import HttpServer, at_once, burst
 from tests.support.sglang_fixtures import (
     References,
     Serve,
@@ -28,7 +28,7 @@ from tests.support.sglang_fixtures import (
     wait_retracted,
 )
 from tests.support.sglang_server import SglangHost, SglangServer
-from tests.support.watch import LedgerWatch, page_memory, process_tree, wait_until
+from tests.support.watch import LedgerWatch, check_peaks, page_memory, process_tree, wait_until
 
 pytest_plugins = ["tests.support.sglang_fixtures"]
 pytestmark = pytest.mark.timeout(600)
@@ -125,16 +125,19 @@ class RealMemory:
 def test_rises_with_load_and_falls_to_the_floor(cluster: Cluster, name: str) -> None:
     server = cluster.servers[name]
     _order(cluster, "cache", name, "0")
-    requests, length, answer = 12, 500, 256
-    with LedgerWatch(cluster.path) as watch, RealMemory(server) as real:
-        Burst(server, equal_prompts(requests, length, seed=1), answer).wait()
-    check_account(watch)
-    # All requests run at once, each in blocks of 16 tokens.
+    requests, length, answer = 12, 500, 77
+    prompts = equal_prompts(requests, length, seed=1)
+
+    def run() -> tuple[int, int]:
+        with LedgerWatch(cluster.path) as watch, RealMemory(server) as real:
+            check_complete(at_once(server, prompts, answer), answer)
+        check_account(watch)
+        return watch.peak_committed(name), real.peak
+
+    # All requests run at once, each in blocks of 16 tokens, and hold the last one for 16 tokens.
     needed = requests * -(-(length + answer - 1) // 16) * BLOCK
     # The last prefill asks for a block more for each of its requests than they fill.
-    most = needed + requests * BLOCK + FLOOR
-    assert needed <= watch.peak_committed(name) <= most
-    assert needed <= real.peak <= most
+    check_peaks(run, needed, needed + requests * BLOCK + FLOOR)
 
     def at_floor() -> bool:
         info = cluster.member(name)

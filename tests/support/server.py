@@ -103,12 +103,16 @@ class HttpServer(ABC):
         """The whole command line after the module."""
 
     @abstractmethod
-    def request(self, prompt: Prompt, max_tokens: int) -> tuple[str, dict[str, Any]]:
+    def request(self, prompt: Prompt | list[Prompt], max_tokens: int) -> tuple[str, dict[str, Any]]:
         """Path and body of a request for exactly so many tokens, the likeliest each time."""
 
     @abstractmethod
     def answered(self, answer: dict[str, Any]) -> list[int]:
         """The token ids of an answer."""
+
+    @abstractmethod
+    def answers(self, whole: Any) -> list[dict[str, Any]]:
+        """The answer to each prompt of a request that had several."""
 
     def start(self: AnyServer) -> AnyServer:
         """Starts the process; `wait_ready` says when it answers."""
@@ -238,7 +242,7 @@ class Server(HttpServer):
         where = ["--host", "127.0.0.1", "--port", str(self.port)]
         return ["--model", str(self.model), *where, *self._args]
 
-    def request(self, prompt: Prompt, max_tokens: int) -> tuple[str, dict[str, Any]]:
+    def request(self, prompt: Prompt | list[Prompt], max_tokens: int) -> tuple[str, dict[str, Any]]:
         body = {
             "model": str(self.model),
             "prompt": prompt,
@@ -251,6 +255,10 @@ class Server(HttpServer):
 
     def answered(self, answer: dict[str, Any]) -> list[int]:
         return list(answer["choices"][0]["token_ids"])
+
+    def answers(self, whole: Any) -> list[dict[str, Any]]:
+        choices = sorted(whole["choices"], key=lambda choice: int(choice["index"]))
+        return [{"choices": [choice]} for choice in choices]
 
 
 async def _complete(
@@ -304,3 +312,14 @@ def burst(
 ) -> list[Answer]:
     """`burst_async` for callers without a loop."""
     return asyncio.run(burst_async(server, prompts, max_tokens, on_change))
+
+
+def at_once(server: HttpServer, prompts: Sequence[Prompt], max_tokens: int) -> list[Answer]:
+    """All prompts in one request, so that they run together however busy the machine is."""
+    path, body = server.request(list(prompts), max_tokens)
+    begin = time.monotonic()
+    status, text = server.post(path, body, timeout_s=240.0)
+    assert status == 200, text
+    seconds = time.monotonic() - begin
+    answers = server.answers(json.loads(text))
+    return [Answer(status, server.answered(answer), seconds) for answer in answers]

@@ -35,7 +35,7 @@ class Models(Protocol):
 class Scored(SglangServer):
     """Answers with how much better each token was than the next best."""
 
-    def request(self, prompt: Prompt, max_tokens: int) -> tuple[str, dict[str, Any]]:
+    def request(self, prompt: Prompt | list[Prompt], max_tokens: int) -> tuple[str, dict[str, Any]]:
         path, body = super().request(prompt, max_tokens)
         return path, body | {"return_logprob": True, "top_logprobs_num": 2}
 

@@ -108,9 +108,12 @@ class SglangServer(HttpServer):
             self.kill()
         return super().stop(timeout_s)
 
-    def request(self, prompt: Prompt, max_tokens: int) -> tuple[str, dict[str, Any]]:
+    def request(self, prompt: Prompt | list[Prompt], max_tokens: int) -> tuple[str, dict[str, Any]]:
         sampling = {"max_new_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True}
         return "/generate", {"input_ids": prompt, "sampling_params": sampling}
 
     def answered(self, answer: dict[str, Any]) -> list[int]:
         return list(answer["output_ids"])
+
+    def answers(self, whole: Any) -> list[dict[str, Any]]:
+        return list(whole)
