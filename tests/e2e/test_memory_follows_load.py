@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 
 from kvcached_core import Ledger
@@ -16,12 +14,12 @@ from tests.support.server import Server, at_once, burst
 from tests.support.tiny_model import LLAMA
 from tests.support.watch import (
     LedgerWatch,
+    Peaks,
+    RealMemory,
     check_peaks,
-    page_files,
     page_memory,
     process_tree,
     read,
-    size_on_host,
     wait_until,
 )
 
@@ -42,29 +40,6 @@ def _at_floor(pair: Pair, server: Server) -> bool:
     return committed == leased <= FLOOR and real == committed
 
 
-class RealMemory:
-    """The most memory the kernel held for a server's pages while this watched."""
-
-    def __init__(self, server: Server) -> None:
-        self.peak = 0
-        # Looked for once: a look at all files takes long on a busy machine.
-        self._files = page_files(process_tree(server.pid))
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.01):
-            self.peak = max(self.peak, size_on_host(self._files))
-
-    def __enter__(self) -> RealMemory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
 @pytest.mark.parametrize("requests", [4, 16])
 def test_rises_with_load_and_falls_to_the_floor(pair: Pair, requests: int) -> None:
     server = pair.plain
@@ -72,11 +47,12 @@ def test_rises_with_load_and_falls_to_the_floor(pair: Pair, requests: int) -> No
     length, answer = 800, 340
     prompts = equal_prompts(requests, length, seed=requests)
 
-    def run() -> tuple[int, int]:
-        with LedgerWatch(pair.ledger) as watch, RealMemory(server) as real:
+    def run() -> Peaks:
+        with LedgerWatch(pair.ledger) as watch, RealMemory(server.pid) as real:
             check_complete(at_once(server, prompts, answer), answer)
         check_account(watch)
-        return watch.peak_committed(server.name), real.peak
+        seen = (watch.peak_committed(server.name), real.peak)
+        return Peaks(seen, max(watch.blind_s, real.blind_s))
 
     # All requests run at once, each in blocks of 128 tokens, one page each. The last block is taken
     # 114 tokens before the end: a request that is computed later still meets all others.

@@ -28,7 +28,15 @@ from tests.support.sglang_fixtures import (
     wait_retracted,
 )
 from tests.support.sglang_server import SglangHost, SglangServer
-from tests.support.watch import LedgerWatch, check_peaks, page_memory, process_tree, wait_until
+from tests.support.watch import (
+    LedgerWatch,
+    Peaks,
+    RealMemory,
+    check_peaks,
+    page_memory,
+    process_tree,
+    wait_until,
+)
 
 pytest_plugins = ["tests.support.sglang_fixtures"]
 pytestmark = pytest.mark.timeout(600)
@@ -99,28 +107,6 @@ def _real(server: HttpServer) -> int:
     return page_memory(process_tree(server.pid))
 
 
-class RealMemory:
-    """The most memory the kernel held for a server's pages while this watched."""
-
-    def __init__(self, server: HttpServer) -> None:
-        self.peak = 0
-        self._pids = process_tree(server.pid)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.01):
-            self.peak = max(self.peak, page_memory(self._pids))
-
-    def __enter__(self) -> RealMemory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_rises_with_load_and_falls_to_the_floor(cluster: Cluster, name: str) -> None:
     server = cluster.servers[name]
@@ -128,11 +114,12 @@ def test_rises_with_load_and_falls_to_the_floor(cluster: Cluster, name: str) -> 
     requests, length, answer = 12, 500, 77
     prompts = equal_prompts(requests, length, seed=1)
 
-    def run() -> tuple[int, int]:
-        with LedgerWatch(cluster.path) as watch, RealMemory(server) as real:
+    def run() -> Peaks:
+        with LedgerWatch(cluster.path) as watch, RealMemory(server.pid) as real:
             check_complete(at_once(server, prompts, answer), answer)
         check_account(watch)
-        return watch.peak_committed(name), real.peak
+        seen = (watch.peak_committed(name), real.peak)
+        return Peaks(seen, max(watch.blind_s, real.blind_s))
 
     # All requests run at once, each in blocks of 16 tokens, and hold the last one for 16 tokens.
     needed = requests * -(-(length + answer - 1) // 16) * BLOCK

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
 
 import pytest
 
 from kvcached_core import Ledger
 from tests.e2e.conftest import CAPACITY, LLAMA_BATCHES, Pair, References
 from tests.support.elastic import check_account
+from tests.support.load import check_complete
 from tests.support.prompts import Prompt, equal_prompts
 from tests.support.server import Answer, at_once, burst, burst_async
 from tests.support.tiny_model import LLAMA
-from tests.support.watch import LedgerWatch, check_peaks, read, wait_until
+from tests.support.watch import LedgerWatch, Peaks, check_peaks, read, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -29,18 +29,12 @@ def _prompts(seed: int) -> list[Prompt]:
     return equal_prompts(BURST, LENGTH, seed)
 
 
-def _check_complete(answers: Sequence[Answer], tokens: int) -> None:
-    for answer in answers:
-        assert answer.status == 200, answer.error
-        assert len(answer.tokens) == tokens
-
-
 def test_alternating_bursts_reach_into_each_others_memory(pair: Pair) -> None:
     assert CAPACITY < 2 * BURST_BYTES
     with LedgerWatch(pair.ledger) as watch:
         for turn in range(4):
             server = (pair.caching, pair.plain)[turn % 2]
-            _check_complete(at_once(server, _prompts(100 + turn), ANSWER), ANSWER)
+            check_complete(at_once(server, _prompts(100 + turn), ANSWER), ANSWER)
     check_account(watch)
     # Each got more than half, the caching one's idle cache giving way to the plain one.
     for server in (pair.plain, pair.caching):
@@ -61,7 +55,7 @@ def test_answers_are_right_while_both_want_more_than_there_is(
         results = asyncio.run(both())
     check_account(watch)
     for (server, _, first), answers in zip(halves, results, strict=True):
-        _check_complete(answers, 32)
+        check_complete(answers, 32)
         wrong = [i for i, a in enumerate(answers) if a.tokens != expected[first + i]]
         assert not wrong, f"{server.name} answers prompts {wrong} otherwise than the stock engine"
     # They met: together they wanted what there is.
@@ -82,11 +76,11 @@ def test_a_killed_servers_bytes_are_there_for_the_other(pair: Pair) -> None:
     assert held >= BURST_BYTES // 2
     assert CAPACITY - held < BURST_BYTES, "the survivor could do without the victim's bytes"
 
-    def run() -> tuple[int]:
+    def run() -> Peaks:
         with LedgerWatch(pair.ledger) as watch:
-            _check_complete(at_once(survivor, _prompts(201), ANSWER), ANSWER)
+            check_complete(at_once(survivor, _prompts(201), ANSWER), ANSWER)
         check_account(watch)
-        return (watch.peak_committed(survivor.name),)
+        return Peaks([watch.peak_committed(survivor.name)], watch.blind_s)
 
     check_peaks(run, BURST_BYTES, CAPACITY)
     load.join(timeout=30)
