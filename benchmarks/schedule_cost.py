@@ -4,9 +4,10 @@
     ENGINE_STOCK=... ENGINE_PATCHED=... python benchmarks/schedule_cost.py --batch 1 64 256
 
 A tiny model on the CPU, in one process, so many requests that decode together. CPU time of the
-thread in `Scheduler.schedule` and in what is told to metrics, of the fastest tenth and the middle
-of all steps: neighbours on the machine count little. Each engine is a process of its own, and they
-take turns.
+thread in `Scheduler.schedule` and in what is told to metrics, of the fastest tenth, the middle and
+the mean of all steps: neighbours on the machine count little. Each engine is a process of its own,
+and they take turns. With `--full` all memory is full of cached prefixes, and every block comes out
+of these.
 """
 
 from __future__ import annotations
@@ -27,8 +28,13 @@ from typing import Any
 # Last, so that an installed kvcached_core is found before this repository's sources.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from tests.support.engines import engine_environment
+from tests.support.tiny_model import LLAMA, make_tiny_model
+
 TIMED = ("schedule", "make_stats")
 ROUNDS = 3
+PROMPT = 48
+BLOCK = 16
 
 
 def timed(function: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
@@ -44,7 +50,20 @@ def timed(function: Callable[..., Any], spent: list[float]) -> Callable[..., Any
     return call
 
 
-def measure(model: str, batch: int, prefix_cache: bool) -> dict[str, Any]:
+def new_tokens(batch: int) -> int:
+    """Of each request."""
+    return max(40, 400 // batch)
+
+
+def two_rounds(batch: int) -> int:
+    """Bytes of the KV cache that so many take."""
+    blocks = 2 * batch * -(-(PROMPT + new_tokens(batch)) // BLOCK)
+    return blocks * BLOCK * LLAMA.kv_bytes_per_token
+
+
+def measure(
+    model: str, batch: int, kv_bytes: int, prefix_cache: bool, full: bool
+) -> dict[str, Any]:
     """In the engine that this process imports."""
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -58,22 +77,28 @@ def measure(model: str, batch: int, prefix_cache: bool) -> dict[str, Any]:
         enforce_eager=True,
         max_model_len=4096,
         max_num_seqs=256,
-        kv_cache_memory_bytes=512 << 20,
+        block_size=BLOCK,
+        kv_cache_memory_bytes=kv_bytes,
         enable_prefix_caching=prefix_cache,
         disable_log_stats=False,
     )
-    sampling = SamplingParams(temperature=0, max_tokens=max(40, 400 // batch), ignore_eos=True)
-    prompts = [TokensPrompt(prompt_token_ids=[7 + i] * 48) for i in range(batch)]
-    for number in range(1 + ROUNDS):
-        if number == 1:
+    sampling = SamplingParams(temperature=0, max_tokens=new_tokens(batch), ignore_eos=True)
+    before = 3 if full else 1
+    for number in range(before + ROUNDS):
+        if number == before:
             for times in spent.values():
                 times.clear()
+        first = 7 + number if full else 7
+        prompts = [
+            TokensPrompt(prompt_token_ids=[first, *[7 + i] * (PROMPT - 1)]) for i in range(batch)
+        ]
         llm.generate(prompts, sampling, use_tqdm=False)
     return {
         name: {
             "steps": len(times),
             "fastest_tenth_us": round(statistics.quantiles(times, n=10)[0], 1),
             "median_us": round(statistics.median(times), 1),
+            "mean_us": round(statistics.mean(times), 1),
         }
         for name, times in spent.items()
     }
@@ -84,14 +109,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--repeats", type=int, default=2, help="of each engine, in turns")
     parser.add_argument("--prefix-cache", action="store_true")
+    parser.add_argument("--full", action="store_true", help="of cached prefixes")
+    parser.add_argument("--kv-bytes", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--here", metavar="MODEL", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
-        print(json.dumps(measure(args.here, args.batch[0], args.prefix_cache)))
+        (batch,), flags = args.batch, (args.prefix_cache, args.full)
+        print(json.dumps(measure(args.here, batch, args.kv_bytes, *flags)))
         return
-    from tests.support.engines import engine_environment
-    from tests.support.tiny_model import LLAMA, make_tiny_model
-
+    args.prefix_cache |= args.full
     with tempfile.TemporaryDirectory(prefix="kvcached-schedule-") as name:
         model = make_tiny_model(Path(name) / "model", LLAMA)
         elastic = {
@@ -102,13 +128,21 @@ def main() -> None:
             "KVCACHED_PAGE_SIZE": "2MiB",
         }
         for batch in args.batch:
+            has = virtual = 512 << 20
+            if args.full:
+                has = two_rounds(batch)
+                virtual = 2 * has  # as if others had the other half
+                elastic["KVCACHED_LIMIT"] = str(has)
+                elastic["KVCACHED_PAGE_SIZE"] = str(8 * BLOCK * LLAMA.kv_bytes_per_token)
             for _ in range(args.repeats):
                 for flavor, settings in (("stock", {}), ("patched", elastic)):
                     env = engine_environment(flavor, settings)  # type: ignore[arg-type]
                     env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
                     command = [sys.executable, __file__, "--here", str(model)]
-                    command += ["--batch", str(batch)]
+                    kv_bytes = virtual if settings else has
+                    command += ["--batch", str(batch), "--kv-bytes", str(kv_bytes)]
                     command += ["--prefix-cache"] if args.prefix_cache else []
+                    command += ["--full"] if args.full else []
                     done = subprocess.run(
                         command, env=os.environ | env, capture_output=True, text=True, check=False
                     )

@@ -148,8 +148,9 @@ class ElasticFreeQueue:
         hits = sum(b.ref_cnt == 0 and not b.is_null for group in computed for b in group)
         wanted = num_blocks - hits
         missing = wanted - self._allocator.num_clean
-        if missing > 0:
-            self._scheduler.grow(missing, urgent=self._scheduler.rivals.keeps_going(running))
+        if missing <= 0 or self._cache_will_do(num_blocks):
+            return True
+        self._scheduler.grow(missing, urgent=self._scheduler.rivals.keeps_going(running))
         available = self.num_ready - hits
         if wanted > available:
             # What the ledgers could back is not this engine's yet: it waits for that too.
@@ -171,11 +172,13 @@ class ElasticFreeQueue:
 
     def popleft_n(self, n: int, beside: int = 0) -> list[Any]:
         """Take ``n`` blocks, those of one request beside the one it took last (0: none)."""
-        if self._scheduler.apart:
+        if self._scheduler.apart and not self._scheduler.dry:
             self._scheduler.grow_apart(n, beside)
-        if n > self._allocator.num_clean:
+        if n > self._allocator.num_clean and not self._cache_will_do(n):
             self._scheduler.grow(n - self._allocator.num_clean)
         take = min(n, self._allocator.num_clean)
+        if not take:
+            return self._cached.popleft_n(n)
         blocks = self._blocks
         if self._scheduler.apart:
             ids = self._allocator.allocate_beside(take, beside)
@@ -185,6 +188,13 @@ class ElasticFreeQueue:
         if take < n:
             taken += self._cached.popleft_n(n - take)
         return taken
+
+    def _cache_will_do(self, num_blocks: int) -> bool:
+        """Whether so many need no growth, which was in vain in this pass already.
+
+        Every block that is taken while the cache has all the memory would try it twice.
+        """
+        return self._scheduler.dry and num_blocks <= self.num_ready
 
     def remove(self, block: Any) -> None:
         self._scheduler.counters["cache_hits"] += 1

@@ -110,6 +110,7 @@ class ElasticScheduler:
         self._asked_since: float | None = None
         self._bell = self.accounts.bell()
         self._passes = 0
+        self._dry_in = -1
         self._preempted_in = -_PREEMPTION_PAUSE
         self.contended = False
         """Whether others wait for memory in this pass."""
@@ -245,7 +246,14 @@ class ElasticScheduler:
         self.refresh_usage()
         came = self.acts.grow(pool, num_blocks, urgent)
         self._growable = max(0, self._growable - came) if came == num_blocks else 0
+        if came < num_blocks:
+            self._dry_in = self._passes
         return came
+
+    @property
+    def dry(self) -> bool:
+        """Whether growing came short in this pass: what is cached will do just as well."""
+        return self._dry_in == self._passes
 
     def grow_together(self, num_blocks: Sequence[int]) -> bool:
         """Commit so many more blocks of every pool for this step, all of them or none: what one
@@ -437,6 +445,8 @@ class ElasticScheduler:
 
     def _commit_ahead(self, index: int, needed: int, mapping: bool) -> None:
         """Commit what later passes will take, but for the ``needed`` blocks of this one."""
+        if self.dry:
+            return
         pool = self.pools[index]
         least = pool.blocks_in(self._ahead_bytes // len(self.pools))
         clean = pool.apart_blocks if self.apart else pool.allocator.num_clean

@@ -3,7 +3,8 @@
 //
 //     cc -O2 -o driver_cost driver_cost.c -ldl && ./driver_cost PAGES PAGE_BYTES
 //
-// Prints JSON: seconds to take the pages from the driver, and to give them back. The driver is
+// Prints "ready", waits for a line (or the end) of its input, so that several can begin together,
+// and prints JSON: seconds to take the pages from the driver, and to give them back. The driver is
 // opened by name and its few types are declared here, so that no CUDA toolkit is needed.
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -87,6 +88,9 @@ int main(int argc, char** argv) {
   uint64_t* handles = calloc(pages, sizeof *handles);
   if (!handles) return 1;
 
+  puts("ready");
+  fflush(stdout);
+  for (int c = getchar(); c != '\n' && c != EOF;) c = getchar();
   const double begin = now();
   for (size_t i = 0; i < pages; ++i) {
     check(create(&handles[i], size, &properties, 0), "cuMemCreate");

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -22,8 +22,8 @@ SOURCE = Path(__file__).with_suffix(".c")
 def measure(num_bytes: int, page_bytes: int, gpus: int = 1) -> dict[str, float]:
     """Seconds to take `num_bytes` of each GPU from its driver and to give them back, page by page.
 
-    With several GPUs their loops run at the same time, as those of an engine's ranks do, and the
-    slowest counts.
+    With several GPUs their loops begin at the same moment, as those of an engine's ranks do, and
+    the slowest counts.
 
     Raises:
         subprocess.CalledProcessError: there is no C compiler or no driver; it said why.
@@ -38,10 +38,20 @@ def measure(num_bytes: int, page_bytes: int, gpus: int = 1) -> dict[str, float]:
             subprocess.Popen(
                 command,
                 env=os.environ | {"CUDA_VISIBLE_DEVICES": device},
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                text=True,
             )
             for device in devices[:gpus]
         ]
+        for loop in loops:  # while one opens its device, the driver has another wait
+            assert loop.stdout is not None
+            loop.stdout.readline()
+        for loop in loops:
+            assert loop.stdin is not None
+            with suppress(BrokenPipeError):  # its code tells
+                loop.stdin.write("\n")
+                loop.stdin.flush()
         said = [loop.communicate()[0] for loop in loops]
     for loop in loops:
         if loop.returncode:

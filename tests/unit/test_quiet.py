@@ -207,3 +207,62 @@ def test_metrics_are_told_when_the_last_request_has_ended(engine: Engine) -> Non
     engine.scheduler.begin_pass()
     engine.scheduler.take_ops(0)
     assert engine.scheduler.stats() is not None
+
+
+def leases(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each lease from now on was granted."""
+    granted: list[bool] = []
+    accounts = engine.scheduler.pools[0].accounts
+    lease = accounts.lease_bytes
+
+    def noting(*args: object) -> bool:
+        granted.append(lease(*args))  # type: ignore[arg-type]
+        return granted[-1]
+
+    monkeypatch.setattr(accounts, "lease_bytes", noting)
+    return granted
+
+
+def test_a_full_cache_is_taken_from_without_a_lease_for_each_block(
+    ledger: Ledger, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is free, so that growing fails; that is found out once a pass."""
+    held = engine.take(63)
+    assert held is not None
+    engine.free(held, cached=True)
+    a_pass(engine)
+    granted = leases(engine, monkeypatch)
+    for number in range(2):
+        engine.scheduler.begin_pass()
+        assert not any(engine.take(1) is None for _ in range(8))
+        assert engine.scheduler.take_ops(8).commit == []
+        assert granted == [False] * (number + 1)
+    assert len(engine.evicted) == 16
+
+
+def test_memory_that_is_free_again_spares_the_cache(ledger: Ledger, engine: Engine) -> None:
+    busy = Engine(ledger, 1000, PAGE, name="busy")
+    held, other = engine.take(40), busy.take(22)
+    assert held is not None and other is not None
+    engine.free(held, cached=True)
+    engine.scheduler.begin_pass()
+    assert engine.take(4) is not None and len(engine.evicted) == 4
+    engine.scheduler.take_ops(4)
+    busy.free(other)
+    busy.scheduler.give_all()
+    busy.apply()
+    engine.scheduler.begin_pass()
+    assert engine.take(4) is not None and len(engine.evicted) == 4
+
+
+def test_who_has_nothing_cached_asks_again(ledger: Ledger, engine: Engine) -> None:
+    """In the same pass, as before its engine preempts a request."""
+    busy = Engine(ledger, 1000, PAGE, name="busy")
+    other = busy.take(22)
+    assert engine.take(40) is not None and other is not None
+    engine.scheduler.begin_pass()
+    assert engine.take(4) is None
+    busy.free(other)
+    busy.scheduler.give_all()
+    busy.apply()
+    assert engine.take(4) is not None
