@@ -64,6 +64,13 @@ class Demand:
         # At once: the engine may be about to preempt its own requests.
         self._post(_each(max, self._short, self._posted[0]), max(1, self._posted[1]))
 
+    def met(self, came: Sequence[int]) -> None:
+        """So many blocks of every pool have come: nobody is to give them a second time."""
+        needs, waiting = self._posted
+        if needs:
+            left = [max(0, blocks) for blocks in _each(operator.sub, needs, came)]
+            self._post(left if any(left) else [], waiting if any(left) else 0)
+
     def withdraw(self) -> None:
         """Nothing is waited for just now, whatever was short in this pass."""
         self._short = []

@@ -248,6 +248,8 @@ class ElasticScheduler:
         self._growable = max(0, self._growable - came) if came == num_blocks else 0
         if came < num_blocks:
             self._dry_in = self._passes
+        if came:
+            self._demand.met([0] * pool + [came])
         return came
 
     @property
@@ -262,7 +264,10 @@ class ElasticScheduler:
         if self.gives:
             return False
         self.refresh_usage()
-        return self.acts.grow_together(num_blocks)
+        came = self.acts.grow_together(num_blocks)
+        if came:
+            self._demand.met(num_blocks)
+        return came
 
     def grow_apart(self, num_blocks: int, beside: int) -> None:
         """Have so many blocks on the page of the block ``beside`` and on pages of no request."""

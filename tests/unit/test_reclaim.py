@@ -289,6 +289,44 @@ def test_a_starving_engine_is_woken_by_a_release(ledger: Ledger) -> None:
     assert time.monotonic() - begin < 5
 
 
+def test_what_has_come_is_not_asked_for_again(ledger: Ledger) -> None:
+    """Though the pass that took it goes on: with a long prompt for tens of milliseconds."""
+    alice = Engine(ledger, 1000, PAGE, parked_bytes=64 * PAGE, decay_s=1000)
+    bob = Engine(another(ledger), 1000, PAGE, name="bob")
+    held = alice.take(60)
+    assert held is not None
+    alice.free(held)
+    alice.apply()
+    bob.scheduler.begin_pass([], [Request(20)])
+    assert bob.take(20) is None
+    bob.finish()
+    assert alice.apply()[1] == 18  # what was missing beside what is free
+    bob.scheduler.begin_pass([], [Request(20)])
+    assert bob.take(20) is not None
+    assert ledger.total_demand() == 0
+    assert alice.apply()[1] == 0
+    bob.finish()
+    assert alice.apply()[1] == 0
+
+
+def test_who_waits_behind_is_still_asked_for(ledger: Ledger) -> None:
+    alice = Engine(ledger, 1000, PAGE, parked_bytes=64 * PAGE, decay_s=1000)
+    bob = Engine(another(ledger), 1000, PAGE, name="bob", holding=Holding(1))
+    held = alice.take(60)
+    assert held is not None
+    alice.free(held)
+    alice.apply()
+    waiting = [Request(20), Request(10)]
+    bob.scheduler.begin_pass([], waiting)
+    assert bob.take(20) is None
+    bob.finish()
+    assert ledger.total_demand() == (18 + 10) * PAGE  # two were free, and are bob's
+    alice.apply()
+    bob.scheduler.begin_pass([], waiting)
+    assert bob.take(20) is not None
+    assert ledger.total_demand() == 10 * PAGE
+
+
 def test_a_starting_engine_waits_for_its_first_page(ledger: Ledger) -> None:
     idle = Engine(ledger, 400, PAGE, parked_bytes=100 * PAGE, decay_s=1000)
     held = idle.take(63)
