@@ -2,12 +2,13 @@
 """What a step of a real vLLM engine costs its scheduler on the CPU, unpatched and elastic.
 
     ENGINE_STOCK=... ENGINE_PATCHED=... python benchmarks/schedule_cost.py --batch 1 64 256
+    python benchmarks/schedule_cost.py --batch 1 --shape 1b  # on a GPU
 
-A tiny model on the CPU, in one process, so many requests that decode together. CPU time of the
-thread in `Scheduler.schedule` and in what is told to metrics, of the fastest tenth, the middle and
-the mean of all steps: neighbours on the machine count little. Each engine is a process of its own,
-and they take turns. With `--full` all memory is full of cached prefixes, and every block comes out
-of these.
+A tiny model on the CPU, or one of a real shape on a GPU, in one process; so many requests that
+decode together. CPU time of the thread in `Scheduler.schedule` and in what is told to metrics, and
+the time from step to step, of the fastest tenth, the middle and the mean of all steps: neighbours
+on the machine count little. Each engine is a process of its own, and they take turns. With `--full`
+all memory is full of cached prefixes, and every block comes out of these.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -28,8 +30,8 @@ from typing import Any
 # Last, so that an installed kvcached_core is found before this repository's sources.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.serving.model import SHAPES, make_model
 from tests.support.engines import engine_environment
-from tests.support.tiny_model import LLAMA, make_tiny_model
 
 TIMED = ("schedule", "make_stats")
 ROUNDS = 3
@@ -55,10 +57,29 @@ def new_tokens(batch: int) -> int:
     return max(40, 400 // batch)
 
 
-def two_rounds(batch: int) -> int:
+def block_bytes(shape: str) -> int:
+    """Of the KV cache; a shape's own figure is of float32."""
+    return BLOCK * SHAPES[shape].kv_bytes_per_token // (1 if shape == "tiny" else 2)
+
+
+def two_rounds(batch: int, shape: str) -> int:
     """Bytes of the KV cache that so many take."""
-    blocks = 2 * batch * -(-(PROMPT + new_tokens(batch)) // BLOCK)
-    return blocks * BLOCK * LLAMA.kv_bytes_per_token
+    return 2 * batch * -(-(PROMPT + new_tokens(batch)) // BLOCK) * block_bytes(shape)
+
+
+def noting_starts(function: Callable[..., Any], gaps: list[float]) -> Callable[..., Any]:
+    """The function, which notes the microseconds since its last call."""
+    last = math.nan
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal last
+        before, last = last, time.perf_counter()
+        if last > before:
+            gaps.append((last - before) * 1e6)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def measure(
@@ -68,13 +89,17 @@ def measure(
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    spent: dict[str, list[float]] = {name: [] for name in TIMED}
-    for name, times in spent.items():
-        setattr(Scheduler, name, timed(getattr(Scheduler, name), times))
+    spent: dict[str, list[float]] = {name: [] for name in (*TIMED, "step")}
+    for name in TIMED:
+        setattr(Scheduler, name, timed(getattr(Scheduler, name), spent[name]))
+    schedule = noting_starts(Scheduler.schedule, spent["step"])
+    Scheduler.schedule = schedule
+    tiny = Path(model).name == "tiny"
     llm = LLM(
         model,
-        dtype="float32",
-        enforce_eager=True,
+        dtype="float32" if tiny else "bfloat16",
+        load_format="dummy",
+        enforce_eager=tiny,
         max_model_len=4096,
         max_num_seqs=256,
         block_size=BLOCK,
@@ -107,6 +132,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--shape", choices=SHAPES, default="tiny", help="all but tiny need a GPU")
     parser.add_argument("--repeats", type=int, default=2, help="of each engine, in turns")
     parser.add_argument("--prefix-cache", action="store_true")
     parser.add_argument("--full", action="store_true", help="of cached prefixes")
@@ -118,22 +144,24 @@ def main() -> None:
         print(json.dumps(measure(args.here, batch, args.kv_bytes, *flags)))
         return
     args.prefix_cache |= args.full
+    tiny = args.shape == "tiny"
     with tempfile.TemporaryDirectory(prefix="kvcached-schedule-") as name:
-        model = make_tiny_model(Path(name) / "model", LLAMA)
+        model = make_model(Path(name), args.shape)
         elastic = {
             "ENABLE_KVCACHED": "true",
             "KVCACHED_NAME": "engine",
             "KVCACHED_LEDGER_DIR": str(Path(name) / "ledger"),
-            "KVCACHED_CAPACITY": "2GiB",
-            "KVCACHED_PAGE_SIZE": "2MiB",
         }
+        if tiny:
+            elastic |= {"KVCACHED_CAPACITY": "2GiB", "KVCACHED_PAGE_SIZE": "2MiB"}
         for batch in args.batch:
-            has = virtual = 512 << 20
+            has = virtual = (512 << 20) if tiny else 4 * two_rounds(batch, args.shape)
             if args.full:
-                has = two_rounds(batch)
+                has = two_rounds(batch, args.shape)
                 virtual = 2 * has  # as if others had the other half
                 elastic["KVCACHED_LIMIT"] = str(has)
-                elastic["KVCACHED_PAGE_SIZE"] = str(8 * BLOCK * LLAMA.kv_bytes_per_token)
+                if tiny:
+                    elastic["KVCACHED_PAGE_SIZE"] = str(8 * block_bytes(args.shape))
             for _ in range(args.repeats):
                 for flavor, settings in (("stock", {}), ("patched", elastic)):
                     env = engine_environment(flavor, settings)  # type: ignore[arg-type]
