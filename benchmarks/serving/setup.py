@@ -62,7 +62,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--prefix-cache", action="store_true", help="with prefix caching")
     add("--shared", type=float, default=0.0, help="part of each prompt that all have in common")
     add("--seed", type=int, default=0)
-    add("--engine-args", nargs="*", default=[], help="e.g. --max-num-seqs=256")
+    engine_args_help = "again for each, e.g. --engine-args=--max-num-seqs=256"
+    add("--engine-args", nargs="*", action="extend", default=[], help=engine_args_help)
     add("--tiny", action="store_true", help="tiny models on the CPU, to try it")
 
 
