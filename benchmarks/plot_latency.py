@@ -52,12 +52,13 @@ def draw_ttft(cells: Sequence[dict[str, Any]]) -> Any:
     for axis, key, title in zip(axes, ("mean", "p99"), ("mean", "99th percentile"), strict=True):
         found = values(cells, key)
         width = 0.8 / max(len(found), 1)
-        for i, (system, by_pattern) in enumerate(found.items()):
+        short = [system.partition(":")[0] for system in found]
+        labels = short if len(set(short)) == len(found) else list(found)
+        for i, (label, by_pattern) in enumerate(zip(labels, found.values(), strict=True)):
             where = [j - 0.4 + width * (i + 0.5) for j, p in enumerate(patterns) if p in by_pattern]
             heights = [by_pattern[p] for p in patterns if p in by_pattern]
-            bars = axis.bar(
-                where, heights, width * 0.92, color=COLORS[i % len(COLORS)], label=system
-            )
+            color = COLORS[i % len(COLORS)]
+            bars = axis.bar(where, heights, width * 0.92, color=color, label=label)
             axis.bar_label(bars, [f"{height:.0f}" for height in heights], fontsize=7, padding=1)
         axis.set_yscale("log")
         axis.margins(y=0.12)
@@ -67,8 +68,9 @@ def draw_ttft(cells: Sequence[dict[str, Any]]) -> Any:
         axis.set_xticks(range(len(patterns)), patterns)
         axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axis.set_axisbelow(True)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False
+    )
     return figure
 
 
