@@ -26,7 +26,8 @@ def main(folder: str) -> None:
     # isort: split
     from sglang.srt.layers.attention.triton_ops.decode_attention import decode_attention_fwd
     from sglang.srt.layers.attention.triton_ops.extend_attention import extend_attention_fwd
-    from sglang.srt.mem_cache.elastic import ElasticArena, ElasticTokenToKVPoolAllocator
+    from sglang.srt.mem_cache.elastic.allocator import ElasticTokenToKVPoolAllocator
+    from sglang.srt.mem_cache.elastic.arena import ElasticArena
     from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 
     from kvcached_core.sglang import SglangRank

@@ -31,7 +31,8 @@ def main(folder: str) -> None:
 
     # isort: split
     from sglang.srt.mem_cache.allocator.mamba import MambaSlotAllocator
-    from sglang.srt.mem_cache.elastic import ElasticMambaSlotAllocator, ElasticStateArena
+    from sglang.srt.mem_cache.elastic.allocator import ElasticMambaSlotAllocator
+    from sglang.srt.mem_cache.elastic.arena import ElasticStateArena
     from sglang.srt.mem_cache.memory_pool import MambaPool
 
     from kvcached_core.sglang import SglangRank
