@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a benchmark at the same time for several systems, each on GPUs and cores of its own.
+
+    python benchmarks/side_by_side.py --hold 62212 --out build/peers \
+        --systems elastic-mps static-mps:kv_cache=6.9GiB -- \
+        benchmarks/latency_benefit.py run --start stagger --patterns stag:24 over:24 stag:40
+
+What follows `--` is run once for each system, which it is told as `--systems`. A folder in `--out`
+has each one's results and output; in the end the results of all are put together. One MPS daemon
+serves all of them. With `--hold` so many MiB of each GPU are taken first (`gpu/hold_memory.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+# Last, so that an installed kvcached_core is found before this repository's sources.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from kvcached_core.mps import Mps
+
+HOLD = Path(__file__).parent / "gpu" / "hold_memory.py"
+HOLD_S = 120.0
+
+
+def parts(cores: Sequence[int], count: int) -> list[list[int]]:
+    """As many equal shares of the cores, or all of them for each if there are too few."""
+    size = len(cores) // count
+    return [list(cores[i * size : (i + 1) * size]) or list(cores) for i in range(count)]
+
+
+@contextmanager
+def process(command: Sequence[str], env: dict[str, str], cores: Sequence[int], output: Path
+            ) -> Iterator[subprocess.Popen[bytes]]:  # fmt: skip
+    """The command at work on these cores; it is told to end when the context is left."""
+    with output.open("ab") as file:
+        child = subprocess.Popen(command, env=env, stdout=file, stderr=file)
+    try:
+        os.sched_setaffinity(child.pid, cores)
+        yield child
+    finally:
+        if child.poll() is None:
+            child.terminate()
+        child.wait()
+
+
+@contextmanager
+def mps_for_all(systems: Sequence[str]) -> Iterator[None]:
+    """The daemon, so that none of the runs starts it and ends it under the others."""
+    mps = Mps()
+    ours = any(s.partition(":")[0].endswith("-mps") for s in systems) and mps.pid() is None
+    if ours:
+        mps.start()
+    try:
+        yield
+    finally:
+        if ours:
+            mps.stop(force=True)
+
+
+def wait_for_line(path: Path, child: subprocess.Popen[bytes]) -> None:
+    """Until something is in the file.
+
+    Raises:
+        RuntimeError: the process ended first, or takes too long.
+    """
+    end = time.monotonic() + HOLD_S
+    while not path.stat().st_size:
+        if child.poll() is not None or time.monotonic() > end:
+            raise RuntimeError(f"memory was not taken: {path.read_text()}")
+        time.sleep(0.1)
+
+
+def put_together(out: Path, lanes: Sequence[Path]) -> list[str]:
+    """Append what every lane wrote, file by file; their names."""
+    names = sorted({path.name for lane in lanes for path in lane.glob("*.jsonl")})
+    for name in names:
+        with (out / name).open("ab") as file:
+            for lane in lanes:
+                if (lane / name).exists():
+                    with (lane / name).open("rb") as found:
+                        shutil.copyfileobj(found, file)
+    return names
+
+
+def main() -> int:
+    description = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--systems", nargs="+", required=True)
+    parser.add_argument("--out", type=Path, default=Path("build/side-by-side"))
+    work = Path(tempfile.gettempdir()) / "kvcached-bench"
+    parser.add_argument("--work", type=Path, default=work, help="a folder in it for each system")
+    parser.add_argument("--gpus", type=int, default=1, help="of each system")
+    parser.add_argument("--hold", type=int, default=0, metavar="MIB", help="of each GPU")
+    parser.add_argument("command", nargs="+", metavar="-- SCRIPT ...")
+    args = parser.parse_args()
+    # Ended from outside, the runs must end as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    cores = parts(sorted(os.sched_getaffinity(0)), len(args.systems))
+    lanes = [args.out / re.sub("[:=]", "_", system) for system in args.systems]
+    with mps_for_all(args.systems), ExitStack() as stack:
+        children = []
+        for index, (system, lane) in enumerate(zip(args.systems, lanes, strict=True)):
+            lane.mkdir(parents=True, exist_ok=True)
+            first = index * args.gpus
+            visible = range(first, first + args.gpus)
+            env = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, visible))}
+            for gpu in visible if args.hold else ():
+                command = [sys.executable, str(HOLD), str(args.hold)]
+                taken = lane / f"held-{gpu}.log"
+                taken.write_bytes(b"")
+                one = env | {"CUDA_VISIBLE_DEVICES": str(gpu)}
+                holder = stack.enter_context(process(command, one, cores[index], taken))
+                wait_for_line(taken, holder)
+            command = [sys.executable, *args.command, "--systems", system]
+            command += ["--out", str(lane), "--work", str(args.work / str(index))]
+            log = lane / "output.log"
+            children.append(stack.enter_context(process(command, env, cores[index], log)))
+        codes = [child.wait() for child in children]
+    for system, lane, code in zip(args.systems, lanes, codes, strict=True):
+        print(f"{system} ended with {code}: {lane / 'output.log'}")
+    print(f"{', '.join(put_together(args.out, lanes))} in {args.out}")
+    return max(map(abs, codes))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
