@@ -41,8 +41,9 @@ def parts(cores: Sequence[int], count: int) -> list[list[int]]:
 
 
 @contextmanager
-def process(command: Sequence[str], env: dict[str, str], cores: Sequence[int], output: Path
-            ) -> Iterator[subprocess.Popen[bytes]]:  # fmt: skip
+def process(
+    command: Sequence[str], env: dict[str, str], cores: Sequence[int], output: Path
+) -> Iterator[subprocess.Popen[bytes]]:
     """The command at work on these cores; it is told to end when the context is left."""
     with output.open("ab") as file:
         child = subprocess.Popen(command, env=env, stdout=file, stderr=file)
@@ -69,14 +70,14 @@ def mps_for_all(systems: Sequence[str]) -> Iterator[None]:
             mps.stop(force=True)
 
 
-def wait_for_line(path: Path, child: subprocess.Popen[bytes]) -> None:
-    """Until something is in the file.
+def wait_until_held(path: Path, child: subprocess.Popen[bytes]) -> None:
+    """Until `hold_memory.py` says that it has the memory.
 
     Raises:
         RuntimeError: the process ended first, or takes too long.
     """
     end = time.monotonic() + HOLD_S
-    while not path.stat().st_size:
+    while b"MiB in use" not in path.read_bytes():
         if child.poll() is not None or time.monotonic() > end:
             raise RuntimeError(f"memory was not taken: {path.read_text()}")
         time.sleep(0.1)
@@ -122,7 +123,7 @@ def main() -> int:
                 taken.write_bytes(b"")
                 one = env | {"CUDA_VISIBLE_DEVICES": str(gpu)}
                 holder = stack.enter_context(process(command, one, cores[index], taken))
-                wait_for_line(taken, holder)
+                wait_until_held(taken, holder)
             command = [sys.executable, *args.command, "--systems", system]
             command += ["--out", str(lane), "--work", str(args.work / str(index))]
             log = lane / "output.log"
