@@ -246,13 +246,29 @@ class ElasticFreeQueue:
         Pages empty in the order of their most recently used block, and blocks on
         pages that cannot be emptied stay.
         """
-        if num_pages <= 0 or not self._cached.num_free_blocks:
+        if num_pages <= 0:
             return
-        blocks = self._cached.get_all_free_blocks()
-        ids = self._allocator.emptied_by([block.block_id for block in blocks], num_pages)
-        for block_id in ids:
-            self._cached.remove(self._blocks[block_id])
-        self._drop(ids)
+        goal = self._allocator.parked_pages + num_pages
+        count = 2 * self._scheduler.pools[0].blocks_on(num_pages)
+        while (left := goal - self._allocator.parked_pages) > 0:
+            # A cache may be much larger than what is wanted of it: no further than necessary.
+            ids = self._allocator.emptied_by(self._oldest(count), left)
+            for block_id in ids:
+                self._cached.remove(self._blocks[block_id])
+            looked_at_all = count >= self._cached.num_free_blocks + len(ids)
+            self._drop(ids)
+            if looked_at_all:
+                return
+            count *= 4
+
+    def _oldest(self, count: int) -> list[int]:
+        """Ids of so many cached blocks, the one used longest ago first."""
+        ids: list[int] = []
+        block = self._cached.fake_free_list_head.next_free_block
+        while len(ids) < count and block is not self._cached.fake_free_list_tail:
+            ids.append(block.block_id)
+            block = block.next_free_block
+        return ids
 
     def evict_down_to(self, num_blocks: int) -> None:
         """Evict until at most ``num_blocks`` are cached: whole pages first, then the oldest."""

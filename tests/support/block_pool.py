@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,9 +39,9 @@ class LinkedList:
         self._relink()
 
     def _relink(self) -> None:
-        self.fake_free_list_head.next_free_block = (
-            self.blocks[0] if self.blocks else self.fake_free_list_tail
-        )
+        ends = [self.fake_free_list_head, *self.blocks, self.fake_free_list_tail]
+        for block, after in itertools.pairwise(ends):
+            block.next_free_block = after
 
     @property
     def num_free_blocks(self) -> int:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kvcached_core import Ledger
 from kvcached_core.holding import Holding
@@ -50,6 +52,26 @@ def test_whole_pages_empty_first(ledger: Ledger) -> None:
     assert engine.scheduler.allocator.parked_pages == 4
     assert engine.queue.num_cached == 3
     engine.free(live)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(order=st.permutations(range(100)), cached=st.integers(0, 100), pages=st.integers(1, 30))
+def test_what_goes_is_as_if_all_of_the_cache_were_looked_at(
+    ledger: Ledger, order: list[int], cached: int, pages: int
+) -> None:
+    engine = Engine(another(ledger), 101, PAGE // 4, parked_bytes=100 * PAGE)
+    try:
+        held = engine.take(100)
+        assert held is not None
+        engine.free([held[i] for i in order[:cached]], cached=True)
+        allocator = engine.scheduler.allocator
+        ids = [held[i].block_id for i in order[:cached]]
+        expected = allocator.emptied_by(ids, pages)
+        engine.queue.empty_pages(pages)
+        assert set(engine.evicted) == set(expected)
+        assert engine.queue.num_cached == cached - len(expected)
+    finally:
+        engine.scheduler.close()
 
 
 def test_the_cache_keeps_to_its_bound(ledger: Ledger) -> None:
