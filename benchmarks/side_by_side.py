@@ -8,6 +8,7 @@
 What follows `--` is run once for each system, which it is told as `--systems`. A folder in `--out`
 has each one's results and output; in the end the results of all are put together. One MPS daemon
 serves all of them. With `--hold` so many MiB of each GPU are taken first (`gpu/hold_memory.py`).
+GPUs and cores are those that this process may use (`CUDA_VISIBLE_DEVICES`, `taskset`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +38,24 @@ def parts(cores: Sequence[int], count: int) -> list[list[int]]:
     """As many equal shares of the cores, or all of them for each if there are too few."""
     size = len(cores) // count
     return [list(cores[i * size : (i + 1) * size]) or list(cores) for i in range(count)]
+
+
+def gpus_of(index: int, count: int, visible: str) -> list[str]:
+    """The GPUs of one system.
+
+    Args:
+        index: of the system.
+        count: GPUs of each system.
+        visible: `CUDA_VISIBLE_DEVICES`, empty for all there are.
+
+    Raises:
+        SystemExit: so many are not visible.
+    """
+    ours = range(index * count, (index + 1) * count)
+    names = visible.split(",") if visible else [str(gpu) for gpu in range(ours.stop)]
+    if len(names) < ours.stop:
+        raise SystemExit(f"CUDA_VISIBLE_DEVICES={visible} has fewer than {ours.stop} GPUs")
+    return [names[gpu] for gpu in ours]
 
 
 @contextmanager
@@ -83,15 +101,16 @@ def wait_until_held(path: Path, child: subprocess.Popen[bytes]) -> None:
         time.sleep(0.1)
 
 
-def put_together(out: Path, lanes: Sequence[Path]) -> list[str]:
-    """Append what every lane wrote, file by file; their names."""
-    names = sorted({path.name for lane in lanes for path in lane.glob("*.jsonl")})
+def put_together(out: Path) -> list[str]:
+    """Write into one file what each folder has in a file of that name; the names.
+
+    Earlier runs' folders are among them, so that nothing is lost or there twice.
+    """
+    names = sorted({path.name for path in out.glob("*/*.jsonl")})
     for name in names:
-        with (out / name).open("ab") as file:
-            for lane in lanes:
-                if (lane / name).exists():
-                    with (lane / name).open("rb") as found:
-                        shutil.copyfileobj(found, file)
+        with (out / name).open("wb") as file:
+            for path in sorted(out.glob(f"*/{name}")):
+                file.write(path.read_bytes())
     return names
 
 
@@ -109,19 +128,19 @@ def main() -> int:
     # Ended from outside, the runs must end as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     cores = parts(sorted(os.sched_getaffinity(0)), len(args.systems))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = [gpus_of(index, args.gpus, visible) for index in range(len(args.systems))]
     lanes = [args.out / re.sub("[:=]", "_", system) for system in args.systems]
     with mps_for_all(args.systems), ExitStack() as stack:
         children = []
         for index, (system, lane) in enumerate(zip(args.systems, lanes, strict=True)):
             lane.mkdir(parents=True, exist_ok=True)
-            first = index * args.gpus
-            visible = range(first, first + args.gpus)
-            env = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, visible))}
-            for gpu in visible if args.hold else ():
+            env = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(gpus[index])}
+            for gpu in gpus[index] if args.hold else ():
                 command = [sys.executable, str(HOLD), str(args.hold)]
                 taken = lane / f"held-{gpu}.log"
                 taken.write_bytes(b"")
-                one = env | {"CUDA_VISIBLE_DEVICES": str(gpu)}
+                one = env | {"CUDA_VISIBLE_DEVICES": gpu}
                 holder = stack.enter_context(process(command, one, cores[index], taken))
                 wait_until_held(taken, holder)
             command = [sys.executable, *args.command, "--systems", system]
@@ -131,7 +150,7 @@ def main() -> int:
         codes = [child.wait() for child in children]
     for system, lane, code in zip(args.systems, lanes, codes, strict=True):
         print(f"{system} ended with {code}: {lane / 'output.log'}")
-    print(f"{', '.join(put_together(args.out, lanes))} in {args.out}")
+    print(f"{', '.join(put_together(args.out))} in {args.out}")
     return max(map(abs, codes))
 
 

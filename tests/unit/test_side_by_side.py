@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
-from benchmarks.side_by_side import parts
+from benchmarks.side_by_side import gpus_of, parts
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "side_by_side.py"
 
@@ -54,10 +55,18 @@ def test_cores_are_shared_out() -> None:
     assert parts([3, 5], 4) == [[3, 5]] * 4
 
 
+def test_gpus_are_shared_out() -> None:
+    assert [gpus_of(i, 2, "") for i in range(2)] == [["0", "1"], ["2", "3"]]
+    assert [gpus_of(i, 1, "3,1") for i in range(2)] == [["3"], ["1"]]
+    with pytest.raises(SystemExit, match="fewer than 3 GPUs"):
+        gpus_of(2, 1, "3,1")
+
+
 def test_each_has_its_own_and_they_run_at_once(tmp_path: Path) -> None:
     systems = ["elastic", "off:kv_cache=1GiB"]
     command = _command(tmp_path, systems, 1.0, "--gpus", "2")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     cells = _cells(tmp_path)
     assert [cell["systems"] for cell in cells] == systems
@@ -74,7 +83,11 @@ def test_one_that_fails_loses_nothing_of_the_others(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert "static ended with 1" in done.stdout and "elastic ended with 0" in done.stdout
-    assert [cell["systems"] for cell in _cells(tmp_path)] == ["static", "elastic"]
+    assert [cell["systems"] for cell in _cells(tmp_path)] == ["elastic", "static"]
+    # Another run into the same folder: what was there stays, and is there once.
+    command = _command(tmp_path, ["off"], 0.0)
+    subprocess.run(command, check=True, timeout=60)
+    assert [cell["systems"] for cell in _cells(tmp_path)] == ["elastic", "off", "static"]
 
 
 def test_ended_from_outside_nothing_is_left(tmp_path: Path) -> None:
