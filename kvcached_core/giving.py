@@ -9,10 +9,6 @@ from .accounts import Accounts
 from .acts import Acts
 from .pools import Pools
 
-_FIRST_PART = 512 << 20
-"""Bytes of caches an idle engine gives in its first pass, and in each further one twice as much.
-Finding it takes time, in which the workers release what the pass before gave."""
-
 
 class Giving:
     """What an engine owes, pass by pass. Bytes are those of the pools' first shapes.
@@ -28,25 +24,18 @@ class Giving:
         self._pools = pools
         self._acts = acts
         self._owed_bytes = 0
-        self._part = _FIRST_PART
 
-    def owe(self, num_bytes: int, of_caches: int, in_parts: bool = False) -> None:
+    def owe(self, num_bytes: int, of_caches: int) -> None:
         """Give back so much in this pass: unused pages now, and what requests free until its end.
 
         Args:
             num_bytes: all of it; what an earlier pass owed and could not give is forgotten.
             of_caches: for so much of it cached blocks go as well.
-            in_parts: whether only a part of that goes in this pass, since more follow at once.
         """
         self._owed_bytes = num_bytes
-        if not num_bytes:
-            self._part = _FIRST_PART
-            return
-        if in_parts:
-            of_caches = min(of_caches, self._part)
-            self._part *= 2
-        self._evict_for(of_caches)
-        self.settle()
+        if num_bytes:
+            self._evict_for(of_caches)
+            self.settle()
 
     def settle(self) -> None:
         """Decommit parked pages that are owed, as far as they can be spared."""

@@ -332,9 +332,7 @@ class ElasticScheduler:
             self.accounts.note_preemption(asked_running)
         owed = max(asked + asked_running, trimmed)
         self.counters["reclaim_steps"] += owed > 0
-        # With nothing to run the next pass comes at once; but a trim is told only once.
-        in_parts = not running and not trimmed
-        self.giving.owe(owed, max(asked, trimmed if with_cache else 0), in_parts)
+        self.giving.owe(owed, of_caches=max(asked, trimmed if with_cache else 0))
         self._growable = self.growable_blocks()
         self.apart = (
             self._may_keep_apart
