@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kvcached_core import Ledger
 from kvcached_core.holding import Holding
-from tests.support.block_pool import PAGE, Engine
+from tests.support.block_pool import PAGE, Block, Engine
 
 
 @dataclass
@@ -72,6 +72,30 @@ def test_what_goes_is_as_if_all_of_the_cache_were_looked_at(
         assert engine.queue.num_cached == cached - len(expected)
     finally:
         engine.scheduler.close()
+
+
+class Looked(Block):
+    """A block that notes when somebody looks which one it is."""
+
+    times = 0
+
+    @property
+    def block_id(self) -> int:
+        Looked.times += 1
+        return int(self.__dict__["block_id"])
+
+
+def test_a_small_ask_looks_at_little_of_a_large_cache(ledger: Ledger) -> None:
+    engine = Engine(ledger, 241, PAGE // 4, parked_bytes=100 * PAGE)
+    held = engine.take(240)
+    assert held is not None
+    engine.free(held, cached=True)
+    for block in held:
+        block.__class__ = Looked
+    Looked.times = 0
+    engine.queue.empty_pages(2)
+    assert engine.scheduler.allocator.parked_pages == 2
+    assert Looked.times < 60
 
 
 def test_the_cache_keeps_to_its_bound(ledger: Ledger) -> None:
