@@ -247,7 +247,7 @@ def main() -> int:
     parser.add_argument("--parallel-starts", type=int, default=1, help="engines starting at a time")
     parser.add_argument("--drain", type=float, default=60, help="seconds after the last request")
     parser.add_argument("--fault", action="store_true", help="end all engines in the end")
-    parser.add_argument("--engine-args", nargs="*", default=[])
+    parser.add_argument("--engine-args", nargs="*", action="extend", default=[])
     parser.add_argument(
         "--work", type=Path, default=Path(tempfile.gettempdir()) / "kvcached-bench",
         help="models and compiled code, kept from run to run",

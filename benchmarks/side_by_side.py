@@ -63,10 +63,14 @@ def process(
     command: Sequence[str], env: dict[str, str], cores: Sequence[int], output: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The command at work on these cores; it is told to end when the context is left."""
-    with output.open("ab") as file:
-        child = subprocess.Popen(command, env=env, stdout=file, stderr=file)
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)  # the child's from its first instruction on
     try:
-        os.sched_setaffinity(child.pid, cores)
+        with output.open("ab") as file:
+            child = subprocess.Popen(command, env=env, stdout=file, stderr=file)
+    finally:
+        os.sched_setaffinity(0, allowed)
+    try:
         yield child
     finally:
         if child.poll() is None:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Holds memory of the first visible GPU until it is ended: a larger one has a smaller one's size.
 
-python benchmarks/gpu/hold_memory.py 62212  # of an H200, which leaves what an H100 has
+    python benchmarks/gpu/hold_memory.py 62212  # of an H200, which leaves what an H100 has
+
+It says so once it has them.
 """
 
 from __future__ import annotations
