@@ -515,8 +515,8 @@ class Member:
     def lease(self, bytes: int, urgent: bool = False) -> bool:
         """Lease all of it or nothing; False means not now.
 
-        What is ``urgent`` keeps a member going that would stop without it: it yields to guarantees
-        and higher priorities only.
+        What is ``urgent`` keeps requests going that run already: it yields to guarantees and
+        higher priorities only.
         """
 
     def claimable(self, urgent: bool = False) -> int:

@@ -74,8 +74,8 @@ class Accounts:
     def lease_bytes(self, amounts: Sequence[int], urgent: bool = False) -> bool:
         """Lease so much of every account; False leaves nothing leased.
 
-        What is ``urgent`` keeps an engine going that would stop without it: it yields to guarantees
-        and higher priorities only.
+        What is ``urgent`` keeps requests going that would be preempted without it: it yields to
+        guarantees and higher priorities only.
         """
         granted: list[tuple[Account, int]] = []
         for account, amount in zip(self._accounts, amounts, strict=True):

@@ -41,7 +41,7 @@ class Acts:
         self._grown(index, wanted, growth)
         return growth.num_blocks
 
-    def grow_together(self, num_blocks: Sequence[int]) -> bool:
+    def grow_together(self, num_blocks: Sequence[int], urgent: bool = False) -> bool:
         """Lease and commit so many more blocks of every pool, all in one step or none."""
         growths: list[tuple[int, int, Growth]] = []
         costs = [0] * len(self._accounts)
@@ -52,7 +52,7 @@ class Acts:
                 more = pool.accounts.costs(growth.page_delta)
                 costs = [all_ + own for all_, own in zip(costs, more, strict=True)]
         there = len(growths) == sum(wanted > 0 for wanted in num_blocks)
-        if not there or not self._accounts.lease_bytes(costs):
+        if not there or not self._accounts.lease_bytes(costs, urgent):
             for index, _, growth in growths:
                 self._pools[index].allocator.undo(growth)
             return False

@@ -117,13 +117,14 @@ class ElasticFreeQueue:
         """
         if num_blocks <= 0:
             return False
+        if not running:
+            num_blocks += self._scheduler.blocks_to_come(self.num_ready - num_blocks)
         missing = num_blocks - self.num_ready
         if missing <= 0:
             return False
         if self._scheduler.rivals.turns_away(running):
             return True
-        urgent = self._scheduler.rivals.keeps_going(running)
-        if missing <= self._scheduler.growable_blocks(urgent=urgent):
+        if missing <= self._scheduler.growable_blocks(urgent=running):
             return False
         self._scheduler.note_shortage(missing)
         return True
@@ -150,7 +151,7 @@ class ElasticFreeQueue:
         missing = wanted - self._allocator.num_clean
         if missing <= 0 or self._cache_will_do(num_blocks):
             return True
-        self._scheduler.grow(missing, urgent=self._scheduler.rivals.keeps_going(running))
+        self._scheduler.grow(missing, urgent=running)
         available = self.num_ready - hits
         if wanted > available:
             # What the ledgers could back is not this engine's yet: it waits for that too.

@@ -139,9 +139,10 @@ class Leader:
         cached = [pool.num_cached for pool in pools]
         needed, promised = self._to_hold(load)
         running = [need.running_blocks for need in load.needs]
-        if len(pools) > 1:
-            # If there is not enough for all, no pool may take what another needs to go on.
-            self._grow(running)
+        if weighed:
+            # If there is not enough for all, no pool may take what another needs to go on, and
+            # what runs here goes before what waits elsewhere.
+            self._grow(running, urgent=True)
         if not self._grow(needed, whole=promised):
             needed, promised = running, False
         still = scheduler.contended and bool(load.waiting) and not load.running and not promised
@@ -167,19 +168,20 @@ class Leader:
         self._told = self._rooms(load, promised)
         return PassOrder(acts, self._told), _at_once(ops)
 
-    def _grow(self, targets: Sequence[int], whole: bool = False) -> bool:
+    def _grow(self, targets: Sequence[int], whole: bool = False, urgent: bool = False) -> bool:
         """Have so many clean blocks of every pool, or as many as there are; if ``whole``, all of
-        them or none more, and whether they are there.
+        them or none more, and whether they are there. Requests are preempted without what is
+        ``urgent``.
         """
         scheduler, pools = self.scheduler, self.scheduler.pools
         clean = [pool.allocator.num_clean for pool in pools]
         more = [max(0, target - n) for target, n in zip(targets, clean, strict=True)]
         several = sum(blocks > 0 for blocks in more) > 1
-        if several and (scheduler.grow_together(more) or whole):
+        if several and (scheduler.grow_together(more, urgent) or whole):
             return all(p.allocator.num_clean >= n for p, n in zip(pools, targets, strict=True))
         for index, blocks in enumerate(more):
             if blocks:
-                scheduler.grow(blocks, index)
+                scheduler.grow(blocks, index, urgent)
         return True
 
     def _acts(self) -> tuple[Act, ...]:

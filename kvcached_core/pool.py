@@ -104,7 +104,7 @@ class Pool:
 
         Args:
             reserved: of every account, bytes that are for something else.
-            urgent: whether the engine stops without them.
+            urgent: whether running requests are preempted without them.
         """
         uncommitted = self.allocator.num_uncommitted
         committed = self.committed_pages()

@@ -58,10 +58,6 @@ class Rivals:
             self._waited_until = now + _WAITED_S
         self._stands_back = now < self._back_until
 
-    def keeps_going(self, running: bool) -> bool:
-        """Whether what is asked for is urgent: the engine runs nothing but this request."""
-        return running and len(self._running) <= 1
-
     def turns_away(self, running: bool) -> bool:
         """Whether a request has to wait although there may be memory: another engine's turn."""
         turned_away = self._stands_back and not running

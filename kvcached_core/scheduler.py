@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ._core import BlockAllocator
 from .accounts import Account, Accounts
@@ -23,6 +23,7 @@ from .free_queue import BlockList, ElasticFreeQueue
 from .giving import Giving
 from .holding import Holding
 from .orders import Orders
+from .outlook import Generating, Outlook
 from .plan import ArenaShape, StepOps
 from .pool import CachedBlocks, Pool, geometry_of
 from .pools import Pools
@@ -148,6 +149,7 @@ class ElasticScheduler:
             accounts,
             holding or Holding(),
         )
+        self._outlook = Outlook(self.pools[0])
 
     def add_pool(
         self,
@@ -215,13 +217,22 @@ class ElasticScheduler:
         Args:
             pool: index.
             beside: blocks of every pool that are wanted as well; this one's do not count.
-            urgent: whether the engine stops without them.
+            urgent: whether running requests are preempted without them.
         """
         # What was given back in this pass must not come back before its workers heard of it.
         if not self.pools[pool].allocator.num_uncommitted or self.gives:
             return 0
         others = [0 if index == pool else blocks for index, blocks in enumerate(beside)]
         return self.pools[pool].affordable_blocks(self._demand.costs(others), urgent)
+
+    def blocks_to_come(self, spare: int) -> int:
+        """Blocks of the first pool that running requests will take, so that no new one gets them;
+        none where there is no ledger.
+
+        Args:
+            spare: blocks that are ready beyond what the new request wants.
+        """
+        return self._outlook.blocks(spare + self._growable) if len(self.accounts) else 0
 
     @property
     def growable_lately(self) -> int:
@@ -257,14 +268,14 @@ class ElasticScheduler:
         """Whether growing came short in this pass: what is cached will do just as well."""
         return self._dry_in == self._passes
 
-    def grow_together(self, num_blocks: Sequence[int]) -> bool:
+    def grow_together(self, num_blocks: Sequence[int], urgent: bool = False) -> bool:
         """Commit so many more blocks of every pool for this step, all of them or none: what one
         pool takes may cost the engine its turn, and with it what the others lack.
         """
         if self.gives:
             return False
         self.refresh_usage()
-        came = self.acts.grow_together(num_blocks)
+        came = self.acts.grow_together(num_blocks, urgent)
         if came:
             self._demand.met(num_blocks)
         return came
@@ -296,6 +307,7 @@ class ElasticScheduler:
         self._passes += 1
         self._running, self._waiting = running, waiting
         self.rivals.begin(running)
+        self._outlook.begin(cast("Sequence[Generating]", running))
         self._demand.begin(waiting)
         self.accounts.touch()
         self._now = now = time.monotonic()

@@ -53,7 +53,7 @@ uint64_t want(const View& v);      // bytes it waits for and may have
 // Whether d is served before m where both cannot be. Needs a clear difference of pressure, so that
 // two like members do not take the same bytes from each other in turn.
 bool ranks_before(const View& d, const View& m);
-// What members[index] could lease now. What is `urgent` keeps an engine going that would else stop:
+// What members[index] could lease now. What is `urgent` keeps requests going that run already:
 // it yields to guarantees and higher priorities only, not to an equal that waits and holds less.
 uint64_t claimable(const State& state, int index, bool urgent = false);
 void plan(const State& state, Asks& asks);

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from kvcached_core import Ledger
 
@@ -13,19 +17,34 @@ from .block_pool import PAGE, Block, Engine
 
 TOKENS = 16
 """Of a block."""
+PASS_S = 0.01
+CHUNK = 6
+MOST = 6000
+"""Passes; more are taken for standing still."""
 
 
 @dataclass(eq=False)
 class Prompt:
-    """A request that computes its prompt in chunks and then runs on for some steps."""
+    """A request that computes its prompt in chunks and then generates a token in each step."""
 
     blocks: int
     steps: int
+    grows: bool = False
+    """Whether what it generates takes blocks, too."""
+    num_output_tokens: int = 0
     held: list[Block] = field(default_factory=list)
 
     @property
+    def max_tokens(self) -> int:
+        return self.steps
+
+    @property
     def num_tokens(self) -> int:
-        return self.blocks * TOKENS
+        return self.blocks * TOKENS + self.num_output_tokens * self.grows
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.num_tokens // TOKENS)
 
     @property
     def num_computed_tokens(self) -> int:
@@ -77,7 +96,7 @@ class LittleScheduler:
                 self._preempt()
         while self.waiting and self.preemptions == before:
             prompt = self.waiting[0]
-            if self._whole and self.engine.queue.lacks(prompt.blocks):
+            if self._whole and self.engine.queue.lacks(prompt.num_blocks):
                 return
             self.running.append(prompt)
             if not self._take(prompt, running=False):
@@ -96,18 +115,18 @@ class LittleScheduler:
         return not self.waiting and not self.running
 
     def _run(self, prompt: Prompt) -> bool:
-        if len(prompt.held) < prompt.blocks:
+        if len(prompt.held) < prompt.num_blocks:
             return self._take(prompt, running=True)
         self._tokens += 1
-        prompt.steps -= 1
-        if not prompt.steps:
+        prompt.num_output_tokens += 1
+        if prompt.num_output_tokens == prompt.steps:
             self.running.remove(prompt)
             self._let_go(prompt)
         return True
 
     def _take(self, prompt: Prompt, *, running: bool) -> bool:
         queue = self.engine.queue
-        wanted = min(self._chunk, prompt.blocks - len(prompt.held))
+        wanted = min(self._chunk, prompt.num_blocks - len(prompt.held))
         if queue.lacks(wanted, running) or not queue.ensure(wanted, (), running):
             return False
         taken = self.engine.take(wanted)
@@ -125,3 +144,45 @@ class LittleScheduler:
     def _let_go(self, prompt: Prompt) -> None:
         self.engine.free(prompt.held, cached=self._cached)
         prompt.held = []
+
+
+class World:
+    """Engines of one ledger, whose passes take 10 ms each, in any order."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._path = folder / "host-0.ledger"
+        self.now = 100.0
+        for module in ("scheduler", "demand", "rivals"):
+            monkeypatch.setattr(f"kvcached_core.{module}.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("kvcached_core.scheduler._STARVED_PAUSE_MS", 0)
+
+    def engines(
+        self, pages: int, prompts: list[list[Prompt]], **kind: bool
+    ) -> list[LittleScheduler]:
+        return [
+            LittleScheduler(
+                Ledger(str(self._path), pages * PAGE, 0),
+                f"e{index}",
+                own,
+                CHUNK,
+                parked_bytes=2 * PAGE,
+                **kind,
+            )
+            for index, own in enumerate(prompts)
+        ]
+
+    def serve(self, engines: list[LittleScheduler], shuffled: random.Random) -> int:
+        """Until all is served; the passes it took."""
+        for step in range(MOST):
+            order = shuffled.sample(engines, len(engines))
+            for engine in order:
+                engine.begin()
+            for engine in order:
+                engine.schedule()
+            for engine in order:
+                engine.end()
+            self.now += PASS_S
+            if all(engine.is_done for engine in engines):
+                return step
+        left = [(len(engine.waiting), len(engine.running)) for engine in engines]
+        pytest.fail(f"after {MOST} passes these still wait and run: {left}")

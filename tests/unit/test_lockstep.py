@@ -304,6 +304,17 @@ def test_it_takes_what_there_is_and_posts_the_rest(ledger: Ledger) -> None:
     assert group.member.info().demand == 0
 
 
+def test_what_runs_goes_before_what_an_equal_waits_for(ledger: Ledger) -> None:
+    group = make(ledger, ranks=1)
+    group.plan(load(30))
+    group.take(30)
+    neighbour = another(ledger).join("neighbour")
+    neighbour.set_demand(40 * PAGE, 1)
+    running, waiting = [Tokens(470)], [Tokens(64)]
+    group.plan(load(6, running_blocks=2, running=running, waiting=waiting, wanted=6, first=4))
+    assert group.allocator.num_clean == 2  # and none for the one that waits here
+
+
 def test_what_the_first_request_wants_before_it_is_let_in_is_posted(ledger: Ledger) -> None:
     group = make(ledger)
     neighbour = another(ledger).join("neighbour")

@@ -11,53 +11,7 @@ import pytest
 
 from kvcached_core import Ledger
 from tests.support.block_pool import PAGE, Engine
-from tests.support.little_vllm import LittleScheduler, Prompt
-
-PASS_S = 0.01
-CHUNK = 6
-MOST = 6000
-
-
-class World:
-    """Engines of one ledger, whose passes take 10 ms each, in any order."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._path = folder / "host-0.ledger"
-        self.now = 100.0
-        for module in ("scheduler", "demand", "rivals"):
-            monkeypatch.setattr(f"kvcached_core.{module}.time.monotonic", lambda: self.now)
-        monkeypatch.setattr("kvcached_core.scheduler._STARVED_PAUSE_MS", 0)
-
-    def engines(
-        self, pages: int, prompts: list[list[Prompt]], **kind: bool
-    ) -> list[LittleScheduler]:
-        return [
-            LittleScheduler(
-                Ledger(str(self._path), pages * PAGE, 0),
-                f"e{index}",
-                own,
-                CHUNK,
-                parked_bytes=2 * PAGE,
-                **kind,
-            )
-            for index, own in enumerate(prompts)
-        ]
-
-    def serve(self, engines: list[LittleScheduler], shuffled: random.Random) -> int:
-        """Until all is served; the passes it took."""
-        for step in range(MOST):
-            order = shuffled.sample(engines, len(engines))
-            for engine in order:
-                engine.begin()
-            for engine in order:
-                engine.schedule()
-            for engine in order:
-                engine.end()
-            self.now += PASS_S
-            if all(engine.is_done for engine in engines):
-                return step
-        left = [(len(engine.waiting), len(engine.running)) for engine in engines]
-        pytest.fail(f"after {MOST} passes these still wait and run: {left}")
+from tests.support.little_vllm import Prompt, World
 
 
 @pytest.mark.parametrize("whole", [True, False])

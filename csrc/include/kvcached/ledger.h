@@ -118,9 +118,9 @@ class Member {
   uint64_t generation() const { return generation_; }
 
   // All or nothing; `granted` false is "not now": the memory is not there, or it is kept for the
-  // guarantee of another, or for one that waits and ranks before. What is `urgent`, since the
-  // member would stop without it, waits for higher priorities only. Before it says no, the dead are
-  // reaped.
+  // guarantee of another, or for one that waits and ranks before. What is `urgent`, for
+  // requests that run already, waits for guarantees and higher priorities only. Before it says no,
+  // the dead are reaped.
   Status lease(int64_t bytes, bool& granted, bool urgent = false);
   // As much as there is, up to `bytes`, in multiples of `quantum`.
   Status lease_up_to(int64_t bytes, int64_t quantum, int64_t& granted);
