@@ -760,8 +760,8 @@ LockstepMachine.TestCase.settings = settings(
 TestLockstep = LockstepMachine.TestCase
 
 
-class Pair:
-    """Two engines on memory for 120 blocks, and their clock."""
+class Neighbours:
+    """Engines on the same memory, with four blocks on a page, and their clock."""
 
     def __init__(
         self,
@@ -770,14 +770,16 @@ class Pair:
         rng: random.Random,
         *,
         caches: int,
+        count: int = 2,
+        pages: int = 30,
         window_bytes: int | None = None,
         **settings: Any,
     ) -> None:
         self._now = 100.0
         monkeypatch.setattr("kvcached_core.scheduler.time.monotonic", lambda: self._now)
-        ledger = Ledger(str(tmp_path / "host-0.ledger"), 30 * PAGE)
+        ledger = Ledger(str(tmp_path / "host-0.ledger"), pages * PAGE)
         self.engines = []
-        for index in range(2):
+        for index in range(count):
             policy = {"parked_bytes": 2 * PAGE, "ahead_bytes": rng.choice([0, 2 * PAGE])}
             group = Group(
                 another(ledger), 1, 400, PAGE // 4, window_bytes=window_bytes, decay_s=2.0, **policy
@@ -805,7 +807,7 @@ def test_two_engines_that_want_more_than_half_both_get_it(
 ) -> None:
     rng = random.Random(seed)
     settings = {"chunked_prefill_size": chunk, "max_prefill_tokens": 200}
-    pair = Pair(tmp_path, monkeypatch, rng, caches=caches, **settings)
+    pair = Neighbours(tmp_path, monkeypatch, rng, caches=caches, **settings)
     for engine in pair.engines:
         lengths = [rng.choice([rng.randint(1, 200), rng.randint(900, 1600)]) for _ in range(4)]
         engine.turn(
@@ -830,7 +832,7 @@ def test_many_that_wait_in_two_engines_are_all_served_and_soon(
     """A prefill may have more of them than there is memory for, however few could run."""
     rng = random.Random(seed)
     settings = {"chunked_prefill_size": chunk, "max_prefill_tokens": 2000}
-    pair = Pair(tmp_path, monkeypatch, rng, caches=1, window_bytes=window_bytes, **settings)
+    pair = Neighbours(tmp_path, monkeypatch, rng, caches=1, window_bytes=window_bytes, **settings)
     for engine in pair.engines:
         arrivals = []
         for i in range(rng.randint(2, 12)):
@@ -840,3 +842,24 @@ def test_many_that_wait_in_two_engines_are_all_served_and_soon(
         engine.turn(arrivals)
     # Each after the other they would take 700 passes; in no pass may both stand still for long.
     assert pair.serve(500), "somebody waits for what nobody uses"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bursts_that_do_not_fit_together_are_not_computed_over_and_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr("kvcached_core.scheduler._STARVED_PAUSE_MS", 0)
+    rng = random.Random(seed)
+    settings = {"chunked_prefill_size": 256, "max_prefill_tokens": 1000, "ratio": 0.1}
+    four = Neighbours(tmp_path, monkeypatch, rng, caches=0, count=4, pages=60, **settings)
+    for engine in four.engines:
+        lengths = [(rng.randint(200, 400), rng.randint(60, 200)) for _ in range(12)]
+        engine.turn(
+            [
+                Arrival(i, range(n), Sampling(200), answer, i)
+                for i, (n, answer) in enumerate(lengths)
+            ]
+        )
+    assert four.serve(1500)
+    # Of 48 requests 25 to 33 were, while what ran gave way to what waited.
+    assert sum(engine.ranks[0].retracted for engine in four.engines) < 16
