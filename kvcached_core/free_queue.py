@@ -108,6 +108,8 @@ class ElasticFreeQueue:
     def lacks(self, num_blocks: int, running: bool = False) -> bool:
         """Whether fewer than ``num_blocks`` are free; the other members hear of it.
 
+        A new request lacks what running ones are likely to take, too.
+
         An engine asks this for each running request in every pass, so what the ledgers could back,
         which takes some microseconds to learn, is looked at only where it decides.
 

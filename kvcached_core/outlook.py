@@ -51,10 +51,11 @@ class Outlook:
         self._reckoned = None
 
     def blocks(self, spare: int) -> int:
-        """Likely to be taken; 0 if they are fewer than ``spare``, as is soon seen."""
+        """Likely to be taken; 0, with no closer look, where ``spare`` ones are more than enough."""
         count = len(self._running)
         # Nobody generated more than is held, so that at most doubles.
-        if spare >= self._pool.allocator.num_live + count * self._new:
+        held = self._pool.allocator.num_live - self._pool.num_cached
+        if spare >= held + count * self._new:
             return 0
         if self._reckoned is None:
             self._reckoned = count, sum(map(self._blocks_of, self._running))

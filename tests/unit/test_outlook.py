@@ -54,6 +54,9 @@ def test_what_a_request_is_likely_to_take(request_: Request, blocks: int) -> Non
 def test_with_plenty_of_memory_no_request_is_looked_at() -> None:
     engine = Engine(None, 100, PAGE)
     engine.take(9)  # and the null block
+    cached = engine.take(50)
+    assert cached is not None
+    engine.free(cached, cached=True)  # no request's
 
     class Untouched(Request):
         @property
