@@ -97,7 +97,7 @@ class ElasticFreeQueue:
     def usage(self) -> float:
         """Used share of what this engine could have now, 0 to 1, without the null block.
 
-        It reaches 1 exactly when nothing more can be admitted, whatever the
+        It reaches 1 exactly when there is no block more to be had, whatever the
         size of the virtual range. What the ledgers could back is as of a few passes ago where
         nobody is short of memory.
         """
