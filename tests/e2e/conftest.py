@@ -145,6 +145,9 @@ def vllm_patched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmHost]
 
 LLAMA_BATCHES = [*mixed_batches(), twins(PAIRS)]
 GEMMA_BATCHES = [*mixed_batches(batches=2), twins(PAIRS)]
+FEW_BATCHES = [*mixed_batches(batches=1), twins(PAIRS)]
+LONG_ANSWER = 160
+"""Tokens: so many more than an engine reckons with when it lets requests in that it preempts."""
 
 
 class References:
@@ -155,6 +158,9 @@ class References:
             "llama": host.submit(Job(models.llama, LLAMA_BATCHES)),
             "gemma": host.submit(Job(models.gemma, GEMMA_BATCHES)),
         }
+        for model in ("llama", "gemma"):
+            job = Job(getattr(models, model), FEW_BATCHES, max_tokens=LONG_ANSWER)
+            self._runs[f"{model}-long"] = host.submit(job)
 
     def __getitem__(self, model: str) -> Result:
         result = self._runs[model].result().require()

@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 
 from kvcached_core import Ledger
-from tests.e2e.conftest import GEMMA_BATCHES, LLAMA_BATCHES, Models, References
+from tests.e2e.conftest import (
+    FEW_BATCHES,
+    GEMMA_BATCHES,
+    LLAMA_BATCHES,
+    LONG_ANSWER,
+    Models,
+    References,
+)
 from tests.support.elastic import check_account, elastic_env, ledger_path
 from tests.support.engines import EngineHost, Job, Result
 from tests.support.watch import LedgerWatch, read, wait_until
@@ -66,11 +73,13 @@ def test_as_the_stock_engine(
     batches = LLAMA_BATCHES if case.model == "llama" else GEMMA_BATCHES
     job = Job(
         getattr(models, case.model),
-        batches,
+        FEW_BATCHES if case.preempts else batches,
         case.engine,
         elastic_env(tmp_path, **case.settings),
         in_process=case.in_process,
     )
+    if case.preempts:
+        job.max_tokens = LONG_ANSWER
     with LedgerWatch(ledger_path(tmp_path)) as watch:
         result = patched.run(job).require()
     _check_was_elastic(result, watch)
@@ -79,7 +88,8 @@ def test_as_the_stock_engine(
         assert result.metrics["vllm:kvcached_decommitted_pages"] > 0
     check_account(watch)
     assert (result.metrics["vllm:num_preemptions"] > 0) == case.preempts
-    _check_same(references[case.model], result, exact=case.exact)
+    expected = references[f"{case.model}-long" if case.preempts else case.model]
+    _check_same(expected, result, exact=case.exact)
 
 
 def _check_was_elastic(result: Result, watch: LedgerWatch) -> None:
@@ -95,12 +105,12 @@ def _check_same(expected: Result, result: Result, *, exact: bool) -> None:
         assert result.tokens == expected.tokens
         assert result.logprobs == expected.logprobs
         return
-    ties = 0
+    compared = 0
     for i, (tokens, scores) in enumerate(zip(expected.tokens, expected.logprobs, strict=True)):
         for k, (token, (best, second)) in enumerate(zip(tokens, scores, strict=True)):
             if best - second < TIE:
-                ties += 1
                 break  # Either token is right, and what follows depends on it.
             assert result.tokens[i][k] == token, f"prompt {i}, token {k}"
             assert result.logprobs[i][k][0] == pytest.approx(best, abs=TIE)
-    assert ties <= len(expected.tokens) // 20, "too many ties to prove anything"
+            compared += 1
+    assert compared >= 0.95 * sum(map(len, expected.tokens)), "too many ties to prove anything"
