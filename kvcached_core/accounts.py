@@ -86,6 +86,13 @@ class Accounts:
             granted.append((account, amount))
         return True
 
+    def guarantee(self, amounts: Sequence[int]) -> bool:
+        """Whether so much more of every account is within its guarantee."""
+        infos = [account.member.info() for account in self._accounts]
+        return all(
+            info.leased + more <= info.guarantee for info, more in zip(infos, amounts, strict=True)
+        )
+
     def affordable_blocks(
         self,
         uncommitted: int,

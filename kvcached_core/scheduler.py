@@ -227,12 +227,15 @@ class ElasticScheduler:
 
     def blocks_to_come(self, spare: int) -> int:
         """Blocks of the first pool that running requests will take, so that no new one gets them;
-        none where there is no ledger.
+        none where there is no ledger, or the new request is within what the engine is guaranteed.
 
         Args:
             spare: blocks that are ready beyond what the new request wants.
         """
-        return self._outlook.blocks(spare + self._growable) if len(self.accounts) else 0
+        blocks = self._outlook.blocks(spare + self._growable) if len(self.accounts) else 0
+        if blocks and self.accounts.guarantee(self._demand.costs([-spare])):
+            return 0
+        return blocks
 
     @property
     def growable_lately(self) -> int:

@@ -105,6 +105,19 @@ def test_a_new_request_leaves_room_for_what_runs(tmp_path: Path) -> None:
     engine.scheduler.take_ops()
 
 
+def test_what_is_guaranteed_is_used_to_the_last(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path / "host-0.ledger"), 100 * PAGE, 0)
+    engine = Engine(ledger, 200, PAGE, join={"guarantee": 60 * PAGE})
+    running = [Request(480, 320), Request(160)]
+    assert engine.take(40) is not None  # and the null block; 59 could be had, 19 of them guaranteed
+    other = Ledger(str(tmp_path / "host-0.ledger"), 100 * PAGE, 0).join("other")
+    assert other.lease(40 * PAGE)
+    engine.scheduler.begin_pass(running, [Request(160)])
+    assert not engine.queue.lacks(19)
+    assert engine.queue.lacks(20)
+    engine.scheduler.take_ops()
+
+
 def test_without_a_ledger_a_new_request_gets_all_there_is() -> None:
     engine = Engine(None, 100, PAGE)
     engine.take(40)
