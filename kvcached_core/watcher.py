@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
 
 
 class Watcher:
     """A thread that looks at the ledger while the engine may be blocked on its queue.
+
+    It outlives errors, which are logged: without it an idle engine would answer nobody any more.
 
     Args:
         attend: does what has to be done between steps; whether a step is wanted.
@@ -33,11 +39,19 @@ class Watcher:
         self._thread.start()
 
     def _run(self) -> None:
+        failing = False
         while not self._stopped:
-            if self._attend():
-                self._wake()
-            # After a wake as well: looking again before the step ran would ask for another.
-            self._wait(self._period_ms)
+            try:
+                if self._attend():
+                    self._wake()
+                # After a wake as well: looking again before the step ran would ask for another.
+                self._wait(self._period_ms)
+                failing = False
+            except Exception:
+                if not failing:  # once, however long it lasts
+                    logger.exception("Looking after the memory ledger failed; trying again")
+                failing = True
+                time.sleep(self._period_ms / 1000)
 
     def stop(self) -> None:
         self._stopped = True

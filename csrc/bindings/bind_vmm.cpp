@@ -337,14 +337,19 @@ void bind_mapper(nb::module_& m) {
       .def(
           "__init__",
           [](PyMapper* self, nb::handle_t<PyArena> arena, std::uint32_t retry_ms,
-             nb::object on_freed, std::int64_t pace_pages, int pace_rest) {
+             nb::object on_freed, std::int64_t pace_pages, int pace_rest,
+             std::uint32_t pace_longest_ms) {
             Mapper::OnFreed release;
             Mapper::OnMoved account;
-            Pace pace{pace_pages, pace_rest, {}};
+            Pace pace;
+            pace.pages = pace_pages;
+            pace.rest = pace_rest;
+            pace.longest = std::chrono::milliseconds(pace_longest_ms);
             if (!on_freed.is_none()) {
               Member* member = nb::cast<Member*>(on_freed);
+              // False where the ledger is locked. What else it refuses it would refuse again.
               release = [member](std::size_t bytes) {
-                (void)member->release(static_cast<std::int64_t>(bytes));
+                return member->release(static_cast<std::int64_t>(bytes)).code != Code::lost;
               };
               account = [member](const Mapper::Moved& moved) {
                 if (moved.commit_s >= 0) (void)member->time(Timed::map, moved.commit_s);
@@ -363,7 +368,7 @@ void bind_mapper(nb::module_& m) {
                          {nb::borrow(arena), on_freed});
           },
           "arena"_a, "retry_ms"_a = 0, "on_freed"_a = nb::none(), "pace_pages"_a = 4,
-          "pace_rest"_a = 3)
+          "pace_rest"_a = 3, "pace_longest_ms"_a = Pace{}.longest.count())
       .def(
           "commit_now",
           [](PyMapper& self, const Pairs& ranges) { check(self->commit_now(ranges_of(ranges))); },

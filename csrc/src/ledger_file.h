@@ -77,7 +77,7 @@ class Section {
   Section(const Section&) = delete;
   Section& operator=(const Section&) = delete;
 
-  // Waits no longer than `patience`: a holder can be stopped, by a debugger or a frozen container.
+  // Sleeps for `patience` at most: a holder can be stopped, by a debugger or a frozen container.
   Status enter(LedgerFile& file);
   // As enter, but for a file that is not mapped and checked yet.
   Status enter_unchecked(LedgerFile& file);

@@ -24,7 +24,8 @@ Status Section::enter_unchecked(LedgerFile& file) {
   wait_.acquire(file.threads_);
   int error = 0;
   auto sleep = std::chrono::microseconds(20);
-  std::chrono::steady_clock::time_point deadline;
+  // Of this thread, not of the clock: where the whole machine stood still, nobody is at fault.
+  std::chrono::microseconds waited{0};
   for (int attempt = 0;; ++attempt) {
     error = file.fd_.try_lock(kMutexByte, true);
     if (error != EAGAIN) break;
@@ -33,10 +34,9 @@ Status Section::enter_unchecked(LedgerFile& file) {
       continue;
     }
     wait_.begin();
-    const auto now = std::chrono::steady_clock::now();
-    if (attempt == kSpins) deadline = now + patience;
-    if (now >= deadline) break;
+    if (waited >= patience) break;
     std::this_thread::sleep_for(sleep);
+    waited += sleep;
     sleep = std::min(sleep * 2, kLongestSleep);
   }
   if (error == 0) {

@@ -8,6 +8,7 @@ namespace kvc {
 namespace {
 
 constexpr std::size_t kManyJobs = 16;  // with more than these, no rest
+constexpr std::chrono::milliseconds kTellAgain{100};
 
 }  // namespace
 
@@ -34,8 +35,12 @@ bool Mapper::share_a_page(std::span<const BlockRange> a, std::span<const BlockRa
   });
 }
 
-void Mapper::freed(std::size_t bytes) const {
-  if (bytes != 0 && on_freed_) on_freed_(bytes);
+void Mapper::freed(std::size_t bytes) {
+  bytes += untold_.exchange(0);
+  if (bytes == 0 || !on_freed_ || on_freed_(bytes)) return;
+  untold_ += bytes;
+  const Lock lock(mutex_);  // the worker looks before it waits, or hears of it
+  changed_.notify_all();
 }
 
 Status Mapper::commit_now(std::span<const BlockRange> ranges) {
@@ -196,15 +201,25 @@ bool Mapper::in_a_hurry() const {
 
 void Mapper::rest_after(std::chrono::steady_clock::duration work) {
   if (pace_.rest == 0 || (pace_.hurry && pace_.hurry())) return;
+  const std::chrono::steady_clock::duration longest = pace_.longest;
   Lock lock(mutex_);
-  changed_.wait_for(lock, pace_.rest * work, [this] { return in_a_hurry(); });
+  changed_.wait_for(lock, std::min(pace_.rest * work, longest), [this] { return in_a_hurry(); });
 }
 
 void Mapper::work() {
   Lock lock(mutex_);
   for (;;) {
-    changed_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
-    if (queue_.empty()) return;
+    const auto called = [this] { return stopping_ || !queue_.empty(); };
+    changed_.wait(lock, [&] { return called() || untold_ != 0; });
+    if (queue_.empty()) {
+      if (!stopping_) changed_.wait_for(lock, kTellAgain, called);
+      const bool last = stopping_ && queue_.empty();
+      lock.unlock();
+      freed(0);
+      if (last) return;
+      lock.lock();
+      continue;
+    }
     const Job& job = queue_.front();  // a deque's elements stay put while others are added
     lock.unlock();
     Status status = run(job);

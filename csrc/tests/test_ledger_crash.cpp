@@ -170,6 +170,40 @@ bool stop_for_tracer() {
   return ptrace(PTRACE_TRACEME, 0, nullptr, nullptr) == 0 && raise(SIGSTOP) == 0;
 }
 
+TEST_CASE("who was stopped while it waited has as much patience left") {
+  using std::chrono::milliseconds;
+  const TempDir dir;
+  auto ledger = open_ledger(dir.ledger(), kCapacity);
+  const Signal joined;
+  const Signal held;
+  Child child([&] {
+    std::unique_ptr<Ledger> own;
+    std::unique_ptr<Member> member;
+    if (!child_joins(dir.ledger(), own, member)) return false;
+    joined.send();
+    held.wait();
+    ledger::Section::patience = milliseconds(1000);
+    bool granted = false;
+    return member->lease(1, granted).ok() && granted;
+  });
+  joined.wait();
+  ledger::LockFd holder;
+  REQUIRE(holder.open(AT_FDCWD, dir.ledger().c_str(), O_RDWR) == 0);
+  REQUIRE(holder.try_lock(ledger::kMutexByte, true) == 0);
+  held.send();
+  std::this_thread::sleep_for(milliseconds(20));
+  REQUIRE(::kill(child.pid, SIGSTOP) == 0);
+  std::this_thread::sleep_for(milliseconds(1500));
+  REQUIRE(::kill(child.pid, SIGCONT) == 0);
+  std::this_thread::sleep_for(milliseconds(20));
+  holder.close();
+  int status = 0;
+  REQUIRE(waitpid(child.pid, &status, 0) == child.pid);
+  child.pid = -1;
+  CHECK(WIFEXITED(status));
+  CHECK(WEXITSTATUS(status) == 0);
+}
+
 TEST_CASE("a process may die at any system call, from creating the ledger to leaving it") {
   if (!can_trace()) return;
   bool stopped = true;

@@ -56,13 +56,20 @@ struct World {
 
   std::atomic<std::size_t> freed{0};
 
+  std::atomic<bool> deaf{false};
+
   explicit World(std::size_t capacity = kCapacity, std::chrono::milliseconds retry = {},
                  Pace pace = {})
       : memory(host(capacity)), faults(*memory), gate(faults), pool(gate, kPage, 0) {
     REQUIRE_OK(Arena::open(gate, pool, {kPageSize, kPageSize, 64, 1}, {}, &arena));
     mapper.emplace(
-        *arena, retry, [this](std::size_t bytes) { freed += bytes; }, Mapper::OnMoved{},
-        std::move(pace));
+        *arena, retry,
+        [this](std::size_t bytes) {
+          if (deaf) return false;
+          freed += bytes;
+          return true;
+        },
+        Mapper::OnMoved{}, std::move(pace));
   }
 };
 
@@ -101,7 +108,7 @@ TEST_CASE("a decommit waits for the device, and is fenced after it was asked for
 }
 
 // With rests that outlast any test, one piece is done, and no other until somebody is in a hurry.
-const Pace kRests{1, 1000000, {}};
+const Pace kRests{1, 1000000, {}, 1h};
 
 struct Resting : World {
   explicit Resting(Pace pace = kRests) : World(kCapacity, {}, std::move(pace)) {
@@ -121,6 +128,12 @@ TEST_CASE("a long decommit rests between its pieces") {
   CHECK(w.freed == 8 * kPage);
 }
 
+TEST_CASE("a rest ends, however long a piece took") {
+  Resting w({1, 1000000, {}, 1ms});
+  while (w.mapper->pending() != 0) std::this_thread::yield();
+  CHECK(w.freed == 8 * kPage);
+}
+
 TEST_CASE("a decommit does not rest while somebody waits for it") {
   Resting w;
   REQUIRE_OK(w.mapper->drain());
@@ -135,7 +148,7 @@ TEST_CASE("a decommit does not rest before a commit") {
 }
 
 TEST_CASE("a decommit does not rest when told to hurry") {
-  Resting w({1, 1000000, [] { return true; }});
+  Resting w({1, 1000000, [] { return true; }, 1h});
   while (w.mapper->pending() != 0) std::this_thread::yield();
   CHECK(w.freed == 8 * kPage);
 }
@@ -212,6 +225,31 @@ TEST_CASE("what is freed is told once it is") {
   REQUIRE_OK(w.mapper->decommit_later(Ranges{{4, 5}}));
   CHECK(w.mapper->drain().code == Code::lost);
   CHECK(w.freed == 2 * kPage);
+}
+
+TEST_CASE("what nobody could be told of is told later, once") {
+  World w;
+  REQUIRE_OK(w.mapper->commit_now(Ranges{{1, 9}}));
+  w.deaf = true;
+  REQUIRE_OK(w.mapper->decommit_later(Ranges{{1, 3}}));
+  REQUIRE_OK(w.mapper->drain());
+  CHECK(w.freed == 0);
+  w.deaf = false;
+  while (w.freed == 0) std::this_thread::yield();  // with nothing else to do
+  CHECK(w.freed == 2 * kPage);
+  w.deaf = true;
+  REQUIRE_OK(w.mapper->decommit_later(Ranges{{3, 5}}));
+  REQUIRE_OK(w.mapper->drain());
+  w.deaf = false;
+  REQUIRE_OK(w.mapper->decommit_later(Ranges{{5, 6}}));
+  REQUIRE_OK(w.mapper->drain());
+  CHECK(w.freed == 5 * kPage);
+  w.deaf = true;
+  REQUIRE_OK(w.mapper->decommit_later(Ranges{{6, 7}}));
+  REQUIRE_OK(w.mapper->drain());
+  w.deaf = false;
+  w.mapper->stop();
+  CHECK(w.freed == 6 * kPage);
 }
 
 TEST_CASE("wait_commits waits for commits") {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kvcached_core import Ledger
 from kvcached_core._core import LedgerEvent, MemberInfo
+from kvcached_core.cli import as_json
 
 from .elastic import elastic_env, ledger_path
 from .server import HttpServer, Server, VllmHost
@@ -91,7 +92,11 @@ class Cluster:
         """Has an idle server give back all that is cached or parked."""
         info = self.member(name)
         self.ledger.trim(info.slot, info.generation, -1, cached=True)
-        wait_until(lambda: not self.member(name).trim_pending, 15, f"{name} trimmed")
+        try:
+            wait_until(lambda: not self.member(name).trim_pending, 15, f"{name} trimmed")
+        except AssertionError as error:
+            said = self.servers[name].output()[-3000:]
+            raise AssertionError(f"{error}: {as_json.member(self.member(name))}\n{said}") from None
 
     def events(self, kind: str, name: str, since: int = 0) -> list[LedgerEvent]:
         return [e for e in self.ledger.events(since) if e.kind == kind and e.name == name]

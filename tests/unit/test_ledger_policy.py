@@ -363,7 +363,8 @@ def test_a_mapper_hurries_while_another_member_waits(path: Path) -> None:
     arena = Arena(backend, PagePool(backend, page), Geometry(page, page, 64, 1))
     assert member.lease(64 * page)
     # Rests that outlast the test, after a page each: it ends only if there are none.
-    mapper = Mapper(arena, on_freed=member, pace_pages=1, pace_rest=100_000_000)
+    paces = {"pace_pages": 1, "pace_rest": 100_000_000, "pace_longest_ms": 3_600_000}
+    mapper = Mapper(arena, on_freed=member, **paces)
     mapper.commit_now([(1, 40)])
     other.set_demand(page, 1)
     mapper.decommit_later([(1, 40)])

@@ -19,11 +19,13 @@ namespace kvc {
 
 // A long decommit is done in pieces of `pages`, since a piece holds the arena's lock, with a rest
 // after each that is `rest` times as long as the piece took: else a commit on another thread could
-// wait for piece after piece. Without rests while somebody waits for it, or `hurry` says so.
+// wait for piece after piece. Without rests while somebody waits for it, or `hurry` says so, and
+// none longer than `longest`: a piece may take seconds where a machine stands still.
 struct Pace {
   std::int64_t pages = 4;
   int rest = 3;
   std::function<bool()> hurry;
+  std::chrono::milliseconds longest{100};
 };
 
 // One background thread runs what is queued in order, one at a time. commit_now runs on the
@@ -39,8 +41,9 @@ class Mapper {
  public:
   // A commit for which physical memory is short is tried again for as long as `retry`: another
   // process may be about to give back what was leased to this one. `on_freed`, from either thread,
-  // is told the bytes that Arena says are freed.
-  using OnFreed = std::function<void(std::size_t bytes)>;
+  // is told the bytes that Arena says are freed; if it says false it is told again, with later ones
+  // or after a while.
+  using OnFreed = std::function<bool(std::size_t bytes)>;
   // Is told of every call that took effect, from either thread: the time a commit took, waits for
   // memory included (negative for a decommit), and the pages that were mapped or went back.
   struct Moved {
@@ -82,7 +85,7 @@ class Mapper {
   std::uint64_t ticket(Chosen chosen) const;
   Status wait_for(Lock& lock, std::uint64_t ticket);
   bool share_a_page(std::span<const BlockRange> a, std::span<const BlockRange> b) const;
-  void freed(std::size_t bytes) const;
+  void freed(std::size_t bytes);
   Status commit_timed(std::span<const BlockRange> ranges);
   Status commit_with_retry(std::span<const BlockRange> ranges);
   std::uint64_t newly_mapped();
@@ -98,6 +101,7 @@ class Mapper {
   const OnMoved on_moved_;
   const Pace pace_;
   std::atomic<std::uint64_t> mapped_seen_;  // of the arena's calls, those on_moved_ was told
+  std::atomic<std::size_t> untold_{0};      // bytes freed that on_freed_ could not take yet
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;  // a job was queued or done, or stop was asked for
