@@ -86,7 +86,7 @@ class Accounts:
             granted.append((account, amount))
         return True
 
-    def guarantee(self, amounts: Sequence[int]) -> bool:
+    def within_guarantee(self, amounts: Sequence[int]) -> bool:
         """Whether so much more of every account is within its guarantee."""
         infos = [account.member.info() for account in self._accounts]
         return all(

@@ -233,7 +233,7 @@ class ElasticScheduler:
             spare: blocks that are ready beyond what the new request wants.
         """
         blocks = self._outlook.blocks(spare + self._growable) if len(self.accounts) else 0
-        if blocks and self.accounts.guarantee(self._demand.costs([-spare])):
+        if blocks and self.accounts.within_guarantee(self._demand.costs([-spare])):
             return 0
         return blocks
 
