@@ -341,13 +341,11 @@ void bind_mapper(nb::module_& m) {
              std::uint32_t pace_longest_ms) {
             Mapper::OnFreed release;
             Mapper::OnMoved account;
-            Pace pace;
-            pace.pages = pace_pages;
-            pace.rest = pace_rest;
-            pace.longest = std::chrono::milliseconds(pace_longest_ms);
+            Pace pace{pace_pages, pace_rest, {}, std::chrono::milliseconds(pace_longest_ms)};
             if (!on_freed.is_none()) {
               Member* member = nb::cast<Member*>(on_freed);
-              // False where the ledger is locked. What else it refuses it would refuse again.
+              // False where the ledger is locked, or the member gone and its account with it. A
+              // wrong number would be as wrong the next time.
               release = [member](std::size_t bytes) {
                 return member->release(static_cast<std::int64_t>(bytes)).code != Code::lost;
               };

@@ -201,9 +201,9 @@ bool Mapper::in_a_hurry() const {
 
 void Mapper::rest_after(std::chrono::steady_clock::duration work) {
   if (pace_.rest == 0 || (pace_.hurry && pace_.hurry())) return;
-  const std::chrono::steady_clock::duration longest = pace_.longest;
+  const auto rest = std::min<std::chrono::nanoseconds>(pace_.rest * work, pace_.longest);
   Lock lock(mutex_);
-  changed_.wait_for(lock, std::min(pace_.rest * work, longest), [this] { return in_a_hurry(); });
+  changed_.wait_for(lock, rest, [this] { return in_a_hurry(); });
 }
 
 void Mapper::work() {
@@ -212,8 +212,8 @@ void Mapper::work() {
     const auto called = [this] { return stopping_ || !queue_.empty(); };
     changed_.wait(lock, [&] { return called() || untold_ != 0; });
     if (queue_.empty()) {
-      if (!stopping_) changed_.wait_for(lock, kTellAgain, called);
-      const bool last = stopping_ && queue_.empty();
+      if (!stopping_ && changed_.wait_for(lock, kTellAgain, called)) continue;
+      const bool last = stopping_;
       lock.unlock();
       freed(0);
       if (last) return;

@@ -140,36 +140,6 @@ TEST_CASE("a member killed inside the critical section holds nobody up") {
   killer.join();
 }
 
-// Lets a traced child run `steps` steps from its first stop. Returns how many it took; fewer if it
-// ended before.
-int64_t step(const Child& child, __ptrace_request how, int64_t steps) {
-  int status = 0;
-  for (int64_t taken = 0;; ++taken) {
-    const pid_t stopped = waitpid(child.pid, &status, 0);
-    if (stopped != child.pid || WIFSIGNALED(status)) FAIL("the child broke while it was traced");
-    if (WIFEXITED(status)) {
-      CHECK(WEXITSTATUS(status) == 0);
-      return taken - 1;
-    }
-    if (taken == steps) return taken;
-    if (ptrace(how, child.pid, nullptr, nullptr) != 0) FAIL("the child cannot be stepped");
-  }
-}
-
-bool can_trace() {
-  const pid_t child = fork();
-  if (child == 0) _exit(ptrace(PTRACE_TRACEME, 0, nullptr, nullptr) == 0 ? 0 : 1);
-  int status = 0;
-  REQUIRE(waitpid(child, &status, 0) == child);
-  if (status == 0) return true;
-  MESSAGE("tracing is not allowed here");
-  return false;
-}
-
-bool stop_for_tracer() {
-  return ptrace(PTRACE_TRACEME, 0, nullptr, nullptr) == 0 && raise(SIGSTOP) == 0;
-}
-
 TEST_CASE("who was stopped while it waited has as much patience left") {
   using std::chrono::milliseconds;
   const TempDir dir;
@@ -202,6 +172,36 @@ TEST_CASE("who was stopped while it waited has as much patience left") {
   child.pid = -1;
   CHECK(WIFEXITED(status));
   CHECK(WEXITSTATUS(status) == 0);
+}
+
+// Lets a traced child run `steps` steps from its first stop. Returns how many it took; fewer if it
+// ended before.
+int64_t step(const Child& child, __ptrace_request how, int64_t steps) {
+  int status = 0;
+  for (int64_t taken = 0;; ++taken) {
+    const pid_t stopped = waitpid(child.pid, &status, 0);
+    if (stopped != child.pid || WIFSIGNALED(status)) FAIL("the child broke while it was traced");
+    if (WIFEXITED(status)) {
+      CHECK(WEXITSTATUS(status) == 0);
+      return taken - 1;
+    }
+    if (taken == steps) return taken;
+    if (ptrace(how, child.pid, nullptr, nullptr) != 0) FAIL("the child cannot be stepped");
+  }
+}
+
+bool can_trace() {
+  const pid_t child = fork();
+  if (child == 0) _exit(ptrace(PTRACE_TRACEME, 0, nullptr, nullptr) == 0 ? 0 : 1);
+  int status = 0;
+  REQUIRE(waitpid(child, &status, 0) == child);
+  if (status == 0) return true;
+  MESSAGE("tracing is not allowed here");
+  return false;
+}
+
+bool stop_for_tracer() {
+  return ptrace(PTRACE_TRACEME, 0, nullptr, nullptr) == 0 && raise(SIGSTOP) == 0;
 }
 
 TEST_CASE("a process may die at any system call, from creating the ledger to leaving it") {

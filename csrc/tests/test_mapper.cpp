@@ -55,8 +55,7 @@ struct World {
   std::optional<Mapper> mapper;
 
   std::atomic<std::size_t> freed{0};
-
-  std::atomic<bool> deaf{false};
+  std::atomic<bool> deaf{false};  // to what is freed
 
   explicit World(std::size_t capacity = kCapacity, std::chrono::milliseconds retry = {},
                  Pace pace = {})
