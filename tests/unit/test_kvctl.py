@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from kvcached_core._core import Ledger, LedgerRefused
 from kvcached_core.cli import kvctl
 from kvcached_core.cli.values import parse_address, parse_duration, parse_percent, printable
 from kvcached_core.sleep.host_file import HostFile
+from tests.support.ledger_locks import MEMBER_BYTES, MUTEX_BYTE, set_lock
 from tests.support.ledger_member import MIB, member
 
 KVCTL = (sys.executable, "-m", "kvcached_core.cli.kvctl")
@@ -423,17 +423,14 @@ def test_delete_waits_for_one_who_joins(directory: Path) -> None:
     path = host(directory)
     Ledger(path, MIB)
 
-    def lock(fd: int, kind: int, byte: int) -> None:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0))
-
     fd = os.open(path, os.O_RDWR)
     with ThreadPoolExecutor(1) as pool:
-        lock(fd, fcntl.F_WRLCK, (1 << 20) - 1)
+        set_lock(fd, fcntl.F_WRLCK, MUTEX_BYTE)
         deleting = pool.submit(Ledger.remove, path)
         with pytest.raises(TimeoutError):
             deleting.result(timeout=0.3)
-        lock(fd, fcntl.F_RDLCK, (1 << 20) + 5)
-        lock(fd, fcntl.F_UNLCK, (1 << 20) - 1)
+        set_lock(fd, fcntl.F_RDLCK, MEMBER_BYTES + 5)
+        set_lock(fd, fcntl.F_UNLCK, MUTEX_BYTE)
         with pytest.raises(LedgerRefused, match="living members"):
             deleting.result(timeout=10)
     assert path.exists()

@@ -24,13 +24,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvcached_core._core import Ledger, LedgerRefused, Member, VmmError
+from tests.support.ledger_locks import MEMBER_BYTES, MUTEX_BYTE, set_lock
 
 CAPACITY = 1000
 SLOT_BYTES = 2048
 FILE_BYTES = 4096 + 64 * SLOT_BYTES + 256 * 256
-MUTEX_BYTE = (1 << 20) - 1
-MEMBER_BYTES = 1 << 20
-F_OFD_SETLK = 37
 
 
 @pytest.fixture
@@ -222,10 +220,6 @@ def lose_lock(path: str, member: Member) -> None:
     """What the kernel does when a member's process dies: its byte is no longer locked."""
     for fd in descriptors(path):
         set_lock(fd, fcntl.F_UNLCK, MEMBER_BYTES + member.slot)
-
-
-def set_lock(fd: int, kind: int, byte: int) -> None:
-    fcntl.fcntl(fd, F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0))
 
 
 LedgerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from kvcached_core._core import (
     PagePool,
     VmmError,
 )
+from tests.support.ledger_locks import MUTEX_BYTE, set_lock
+from tests.support.watch import wait_until
 
 CAPACITY = 1000
 
@@ -377,6 +380,24 @@ def test_a_mapper_hurries_while_another_member_waits(path: Path) -> None:
     mapper.decommit_later([(1, 40)])
     time.sleep(0.1)
     assert mapper.pending
+    mapper.stop()
+    arena.close()
+
+
+def test_a_release_that_the_locked_ledger_refused_is_made_up_for(path: Path) -> None:
+    ledger = Ledger(path, 1 << 30)
+    member = ledger.join("m")
+    backend = HostBackend("policy-test", 1 << 28)
+    page = backend.granularity
+    arena = Arena(backend, PagePool(backend, page), Geometry(page, page, 64, 1))
+    assert member.lease(16 * page)
+    mapper = Mapper(arena, on_freed=member, pace_rest=0)
+    mapper.commit_now([(1, 9)])
+    with path.open("r+b") as file:
+        set_lock(file.fileno(), fcntl.F_WRLCK, MUTEX_BYTE)
+        mapper.decommit_later([(1, 5)])
+        mapper.drain()  # after ten seconds it gave up
+    wait_until(lambda: member.info().leased == 12 * page, 20, "released, with nothing else to do")
     mapper.stop()
     arena.close()
 
