@@ -17,7 +17,7 @@ from tests.support.elastic import check_account
 from tests.support.load import Burst
 from tests.support.prompts import equal_prompts
 from tests.support.trio import CAPACITY
-from tests.support.watch import LedgerWatch, wait_until
+from tests.support.watch import LedgerWatch, longest_pause, wait_until
 
 pytest_plugins = ["tests.support.trio"]
 pytestmark = [pytest.mark.timeout(600), pytest.mark.alone]
@@ -29,7 +29,9 @@ FREE = CAPACITY - HELD
 LENGTH, ANSWER, BLOCKS = 2500, 570, 20
 # Urgent ones: 9 blocks each, 18 MiB together.
 URGENT, URGENT_LENGTH, URGENT_ANSWER = 8, 1050, 64
-TRIES = 4
+# The long ones end some 2 s after they fill the memory. A run is repeated, at most twice, if
+# nobody looked for so long: a busy machine may stop this process for longer.
+TRIES, LASTING_S = 3, 0.5
 
 
 @pytest.fixture
@@ -70,6 +72,7 @@ def test_an_urgent_burst_is_served_by_preemption(cluster: Cluster) -> None:
     full = len(prompts) * (BLOCKS + 1) * BLOCK
     with LedgerWatch(cluster.path) as watch:
         for _ in range(TRIES):
+            sent = time.monotonic()
             running = Burst(low, prompts, ANSWER)
             wait_until(lambda: _leased(cluster, "large") >= full, 60, "it is full")
             left = FREE - _leased(cluster, "large")
@@ -83,7 +86,8 @@ def test_an_urgent_burst_is_served_by_preemption(cluster: Cluster) -> None:
                 60,
                 "the high one has more",
             )
-            took = time.monotonic() - begin
+            seen = time.monotonic()
+            took = seen - begin
             # All of them began together, and are of one length: none is near its end.
             by_preemption = running.pending == len(prompts)
             burst.wait()
@@ -91,10 +95,12 @@ def test_an_urgent_burst_is_served_by_preemption(cluster: Cluster) -> None:
             answers = running.wait()
             if by_preemption:
                 break
-            # They end some 2 s after the memory is full: whoever looks at it can be late.
+            looked = [sample.at for sample in watch.samples if sent < sample.at < seen]
+            blind_s = longest_pause([sent, *looked, seen])
+            assert blind_s >= LASTING_S, "it was not preemption that made room"
             for name in ("large", "small"):
                 cluster.empty(name)
-        assert by_preemption, "it was not preemption that made room"
+        assert by_preemption, "never watched"
     check_account(watch)
     print(
         f"{left / MIB:.1f} MiB were free, and 1 more held after {took:.2f} s; the urgent burst was "
