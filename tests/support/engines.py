@@ -23,7 +23,7 @@ from .prompts import Prompt
 Flavor = Literal["stock", "patched"]
 
 # float32 and one thread: then a token's logits are the same bits whatever else is in the batch,
-# so results can be compared exactly. With two threads they differ by about 1e-5.
+# so results can be compared exactly (see `same_bits`). With two threads they differ by about 1e-5.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -42,6 +42,23 @@ ENGINE_ARGS: dict[str, Any] = {
     "max_num_batched_tokens": 2048,
     "kv_cache_memory_bytes": 512 << 20,
 }
+
+
+# What the CPU attention of vLLM keeps for a token of the tiny models, whose heads have 32 numbers:
+# query, key, value, output, and 16 scores.
+_TILE_TOKEN_BYTES = (4 * 32 + 16) * 4
+
+
+def same_bits(context: int) -> bool:
+    """Whether logits after so many tokens are the same bits whatever else is in the batch.
+
+    Attention is computed in tiles that fill half of the second-level cache. Of a longer context
+    there are several, and where one ends depends on the batch.
+    """
+    import torch  # which few who import this module have
+
+    cache: int = torch.cpu.get_capabilities()["l2_cache_size"]
+    return context * _TILE_TOKEN_BYTES <= cache // 2
 
 
 def engine_folder(flavor: Flavor) -> Path | None:
