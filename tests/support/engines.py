@@ -55,7 +55,7 @@ def same_bits(context: int) -> bool:
     Attention is computed in tiles that fill half of the second-level cache. Of a longer context
     there are several, and where one ends depends on the batch.
     """
-    import torch  # which few who import this module have
+    import torch  # most who import this module do without
 
     cache: int = torch.cpu.get_capabilities()["l2_cache_size"]
     return context * _TILE_TOKEN_BYTES <= cache // 2
