@@ -25,9 +25,22 @@ PAGES = 9  # of one request, a block each
 # 76.5 MiB each. Whatever share of the memory one has, more than half of it is waited for.
 IN_FLIGHT = 34
 SECONDS = 20.0
+# Of each server, however little of the processor it gets: two batches of what fits a half.
+LEAST_DONE = 2 * (CAPACITY // 2 // (PAGES * PAGE))
 # Moving every page of every request between the servers once would be PAGES a request. Half of
 # that says that most memory a request leaves is used again where it is.
 MOST_PAGES = PAGES / 2
+COUNTED = (
+    "vllm:iteration_tokens_total_count",
+    "vllm:generation_tokens_total",
+    "vllm:num_preemptions_total",
+)
+
+
+def _counts(cluster: Cluster) -> dict[str, list[float]]:
+    """Of each server: steps, tokens generated and preemptions."""
+    metrics = {name: cluster.servers[name].metrics() for name in NAMES}
+    return {name: [metrics[name][series] for series in COUNTED] for name in NAMES}
 
 
 def _decommitted(cluster: Cluster) -> int:
@@ -47,25 +60,40 @@ def test_permanent_contention(trio: Cluster) -> None:
         loads = (first, second)
         wait_until(lambda: all(len(load.answers) >= 3 for load in loads), 120, "both are busy")
         pages = _decommitted(trio)
+        counts = _counts(trio)
         before = [len(load.answers) for load in loads]
         begin = time.monotonic()
-        while time.monotonic() < begin + SECONDS:
+
+        def done() -> list[int]:
+            return [len(load.answers) - count for load, count in zip(loads, before, strict=True)]
+
+        while (seconds := time.monotonic() - begin) < SECONDS or min(done()) < LEAST_DONE:
+            assert seconds < 120, f"one of them starves: {done()}"
             for name in NAMES:
                 samples[name].append(trio.member(name))
             time.sleep(0.05)
-        done = [len(load.answers) - count for load, count in zip(loads, before, strict=True)]
+        requests = sum(done())
+        print(f"{done()} requests in {seconds:.0f} s")
+        counts = {
+            name: [now - then for now, then in zip(after, counts[name], strict=True)]
+            for name, after in _counts(trio).items()
+        }
         pages = _decommitted(trio) - pages
     check_account(watch)
     shares = {name: statistics.mean(info.leased for info in samples[name]) for name in NAMES}
+    batches = {name: tokens / steps for name, (steps, tokens, _) in counts.items()}
     print(
-        f"{done} requests in {SECONDS:.0f} s; {pages / sum(done):.2f} pages decommitted a request "
-        f"of {PAGES}; held {[f'{share / MIB:.1f} MiB' for share in shares.values()]} on average"
+        f"{pages / requests:.2f} pages decommitted a request of {PAGES}; on average they held "
+        f"{[f'{share / MIB:.1f} MiB' for share in shares.values()]} "
+        f"and ran {[f'{batch:.1f}' for batch in batches.values()]} requests a step"
     )
     # It was contention all along: in passes that could have run more, requests had to wait.
     for name in NAMES:
         waiting = sum(info.waiting > 0 for info in samples[name])
         assert waiting >= len(samples[name]) / 4, f"{name} hardly waited"
-    # Of equal weight, they hold alike; what finished requests leave goes to who has less.
+    # Of equal weight, they hold alike; what finished requests leave goes to who has less. And they
+    # use what they hold: how many steps each makes of it is for the processor to say, not for us.
     assert min(shares.values()) >= 0.4 * sum(shares.values()), shares
-    assert min(done) >= sum(done) / 4, f"one of them starves: {done}"
-    assert pages <= MOST_PAGES * sum(done), "pages are moved to and fro"
+    assert min(batches.values()) >= 0.4 * sum(batches.values()), batches
+    assert not any(preempted for _, _, preempted in counts.values()), counts
+    assert pages <= MOST_PAGES * requests, "pages are moved to and fro"
