@@ -66,8 +66,8 @@ class Reservation:
         headroom = config.headroom
         if capacity is None and host:
             capacity = config.capacity
-        elif capacity is None and not path.exists():
-            capacity = _device_bytes(key)
+        elif capacity is None and self._usage is not None and not path.exists():
+            capacity = self._usage.total_bytes()
         if headroom is None and capacity is not None:
             headroom = defaults("host" if host else "cuda").headroom
         self.ledger = Ledger(path, capacity, headroom)
@@ -222,10 +222,3 @@ def _open_usage(key: str) -> DeviceUsage:
         raise ConfigError(
             f"NVML does not know {key} ({error}): give gpu-<uuid> as `nvidia-smi -L` prints it"
         ) from None
-
-
-def _device_bytes(key: str) -> int:
-    """All memory of a GPU but what its firmware keeps, which CUDA does not count either."""
-    handle = pynvml.nvmlDeviceGetHandleByUUID(key.removeprefix("gpu-"))
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
-    return int(memory.total - memory.reserved)

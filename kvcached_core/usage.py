@@ -9,22 +9,33 @@ from ._core import Ledger
 
 
 class DeviceUsage:
-    """Bytes in use on one GPU by anybody.
+    """Bytes on one GPU, in use by anybody and in all, as CUDA counts them.
+
+    NVML counts more: what driver and firmware keep for themselves (480 MiB of an H100, 615 of an
+    H200) is in use there from the start, and in CUDA's figures it does not exist.
 
     Args:
         key: the ledger key of the GPU, ``gpu-<NVML uuid>``.
 
     Raises:
-        pynvml.NVMLError: no driver, or no such GPU.
+        pynvml.NVMLError: no driver, no such GPU, or one that has no memory of its own to tell of.
     """
 
     def __init__(self, key: str) -> None:
         pynvml.nvmlInit()
         self._handle = pynvml.nvmlDeviceGetHandleByUUID(key.removeprefix("gpu-"))
+        self._memory()
+
+    def total_bytes(self) -> int:
+        """All there is for anybody, the capacity of a ledger."""
+        memory = self._memory()
+        return int(memory.total - memory.reserved)
 
     def used_bytes(self) -> int:
-        """Bytes in use now, the driver's own among them."""
-        return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+        """Bytes in use now."""
+        # Not `used`: whether that has the reserved bytes in it depends on the driver.
+        memory = self._memory()
+        return int(memory.total - memory.reserved - memory.free)
 
     def publish(self, ledger: Ledger) -> None:
         """Tell a ledger of the device how much is in use."""
@@ -42,3 +53,6 @@ class DeviceUsage:
             return None
         sizes = [process.usedGpuMemory for process in found if process.pid == pid]
         return sum(sizes) if sizes and None not in sizes else None
+
+    def _memory(self) -> pynvml.c_nvmlMemory_v2_t:
+        return pynvml.nvmlDeviceGetMemoryInfo(self._handle, version=pynvml.nvmlMemory_v2)

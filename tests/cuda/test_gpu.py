@@ -14,6 +14,7 @@ import pytest
 from kvcached_core._core import Arena, CudaBackend, Geometry, Mapper, PagePool, VmmError
 from kvcached_core.sleep.compare import PIECE, CompareOnDevice, Part, Piece
 from kvcached_core.sleep.host_file import HostFile
+from kvcached_core.usage import DeviceUsage
 
 MIB = 1 << 20
 
@@ -38,6 +39,14 @@ def test_the_key_is_nvmls(backend: CudaBackend) -> None:
     count = pynvml.nvmlDeviceGetCount()
     uuids = [pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(count)]
     assert backend.device_key.removeprefix("gpu-") in uuids
+
+
+def test_nvml_counts_as_cuda_does(backend: CudaBackend) -> None:
+    usage = DeviceUsage(backend.device_key)
+    free, total = backend.memory_info()
+    assert usage.total_bytes() == pytest.approx(total, abs=4 * MIB)
+    # Others may allocate in between.
+    assert usage.total_bytes() - usage.used_bytes() == pytest.approx(free, abs=64 * MIB)
 
 
 def test_memory_comes_and_goes(torch: Any, backend: CudaBackend) -> None:
