@@ -443,6 +443,14 @@ class MemberInfo:
     @property
     def static_bytes(self) -> int: ...
     @property
+    def to_come(self) -> int:
+        """Of the static bytes: promised, and not taken from the driver yet."""
+
+    @property
+    def guessed(self) -> int:
+        """Of the static bytes: a guess; the driver's figure has what it is."""
+
+    @property
     def demand(self) -> int:
         """0 unless it was posted within the last 5 s."""
 
@@ -542,6 +550,12 @@ class Member:
     def set_parked(self, bytes: int) -> None: ...
     def set_cached(self, bytes: int) -> None: ...
     def set_static(self, bytes: int) -> None: ...
+    def set_to_come(self, bytes: int) -> None:
+        """Of the static bytes: promised, and not taken from the driver yet."""
+
+    def set_guessed(self, bytes: int) -> None:
+        """Of the static bytes: a guess; where the driver's figure is told, that counts."""
+
     def set_demand(self, bytes: int, waiting: int = 0) -> None:
         """Say what this member waits for, and how many requests do; counts for 5 s."""
 
@@ -624,6 +638,10 @@ class Ledger:
     @property
     def external(self) -> int:
         """Bytes in use on the device by no member."""
+
+    @property
+    def told(self) -> bool:
+        """Whether the driver's figure was ever told."""
 
     @property
     def version(self) -> int: ...

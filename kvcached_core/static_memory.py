@@ -30,6 +30,9 @@ class StaticMemory:
         reserved: bytes the framework's allocator holds now.
         process: bytes of this process on the device, or None if the driver does not say.
         publish: tells the ledger.
+        to_come: likewise, what of that the driver does not count yet. Nobody else may lease it,
+            whatever else is on the device.
+        guessed: likewise, what of that is a guess, and the driver's figure has as it is.
         graphs: of ``registered``, what was reckoned for graphs that are captured after this. If the
             allocator has not grown by as much then, the rest was somebody else's: an engine
             reckons from what the whole device has left, and a neighbour may have been loading.
@@ -41,7 +44,9 @@ class StaticMemory:
         registered: int,
         reserved: Callable[[], int],
         process: Callable[[], int | None],
-        publish: Callable[[int], None],
+        publish: Callable[[int], object],
+        to_come: Callable[[int], object],
+        guessed: Callable[[int], object],
         graphs: int = 0,
         empty: Callable[[], object] = lambda: None,
     ) -> None:
@@ -52,10 +57,14 @@ class StaticMemory:
         self._reserved = reserved
         self._process = process
         self._publish = publish
+        self._publish_to_come = to_come
+        self._publish_guessed = guessed
         self._beside: int | None = None
         self._published = registered
         self._looked_at = -math.inf
         self._away = 0
+        self._to_come = -1
+        self._tell_to_come(reserved())
 
     def set_away(self, num_bytes: int) -> None:
         """So much of what the framework's allocator holds has no memory now.
@@ -64,6 +73,8 @@ class StaticMemory:
         """
         self._published -= num_bytes - self._away
         self._away = num_bytes
+        if num_bytes:  # what comes back with a wake is leased first, and told at the next look
+            self._tell_to_come(self._reserved())
 
     def spare(self, committed: int) -> int:
         """Of what is registered, the bytes this process can do without until it computes again.
@@ -87,9 +98,11 @@ class StaticMemory:
             return
         self._looked_at = now
         reserved = self._reserved()
+        guess = False
         if self._beside is None:  # once: the driver takes its time to answer
             total = self._process()
             mapped = reserved - self._away
+            guess = total is None
             outside = _CONTEXT_BYTES if total is None else total - mapped - committed
             self._beside = max(0, outside)
             grown = max(0, reserved - self._reserved_before)
@@ -98,6 +111,15 @@ class StaticMemory:
         if held != self._published:
             self._publish(held)
             self._published = held
+        if guess:
+            self._publish_guessed(_CONTEXT_BYTES)
+        self._tell_to_come(reserved)
+
+    def _tell_to_come(self, reserved: int) -> None:
+        more = 0 if self._away else max(0, self._registered - reserved)
+        if more != self._to_come:
+            self._publish_to_come(more)
+            self._to_come = more
 
 
 def follow_static(
@@ -116,6 +138,8 @@ def follow_static(
         lambda: int(cuda.memory_reserved()) + moved,
         lambda: None if usage is None else usage.process_bytes(os.getpid()),
         arena.set_static,
+        lambda num_bytes: arena.set_to_come(num_bytes, usage),
+        arena.set_guessed,
         graphs,
         lambda: (gc.collect(), cuda.empty_cache()),
     )

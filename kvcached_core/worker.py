@@ -10,6 +10,7 @@ from typing import Any
 from ._core import Arena, Backend, Geometry, Ledger, Mapper, PagePool
 from .accounts import Account, Accounts
 from .plan import BlockRanges, StepOps, WorkerBinding
+from .usage import DeviceUsage
 
 _WAIT_S = 20e-6
 """A step that took less to get its memory did not wait for any."""
@@ -63,6 +64,21 @@ class WorkerArena:
     def set_static(self, num_bytes: int) -> None:
         """Tell the ledger what this process holds on the device besides its KV cache."""
         self._member.set_static(num_bytes)
+
+    def set_guessed(self, num_bytes: int) -> None:
+        """Of that, what the driver would not tell of this process alone."""
+        self._member.set_guessed(num_bytes)
+
+    def set_to_come(self, num_bytes: int, usage: DeviceUsage | None) -> None:
+        """Of that, what this process was promised and has not taken yet.
+
+        Args:
+            num_bytes: how much.
+            usage: what the driver counts. It is told first: what has come is in its figure then.
+        """
+        if usage is not None:
+            usage.publish(self._ledger)
+        self._member.set_to_come(num_bytes)
 
     def raw_segments(self) -> Any:
         """All segments as one DLPack object: int8, shape ``[segments, num_blocks * block_bytes]``,

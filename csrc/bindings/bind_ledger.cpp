@@ -105,6 +105,10 @@ void bind_member_info(nb::module_& m) {
       .def_ro("parked", &MemberInfo::parked)
       .def_ro("cached", &MemberInfo::cached)
       .def_ro("static_bytes", &MemberInfo::static_bytes)
+      .def_ro("to_come", &MemberInfo::to_come,
+              "Of the static bytes: promised, and not taken from the driver yet.")
+      .def_ro("guessed", &MemberInfo::guessed,
+              "Of the static bytes: a guess; the driver's figure has what it is.")
       .def_ro("demand", &MemberInfo::demand)
       .def_ro("limit", &MemberInfo::limit)
       .def_ro("guarantee", &MemberInfo::guarantee)
@@ -199,6 +203,10 @@ void bind_member(nb::module_& m) {
       .def("set_parked", setter(&Member::set_parked), "bytes"_a)
       .def("set_cached", setter(&Member::set_cached), "bytes"_a)
       .def("set_static", setter(&Member::set_static), "bytes"_a)
+      .def("set_to_come", setter(&Member::set_to_come), "bytes"_a,
+           "Of the static bytes: promised, and not taken from the driver yet.")
+      .def("set_guessed", setter(&Member::set_guessed), "bytes"_a,
+           "Of the static bytes: a guess; where the driver's figure is told, that counts.")
       .def(
           "set_demand",
           [](Member& self, int64_t bytes, int64_t waiting) {
@@ -295,6 +303,7 @@ void bind_ledger(nb::module_& m) {
       .def_prop_ro("capacity", &Ledger::capacity)
       .def_prop_ro("headroom", &Ledger::headroom)
       .def_prop_ro("external", &Ledger::external, "Bytes in use on the device by no member.")
+      .def_prop_ro("told", &Ledger::told, "Whether the driver's figure was ever told.")
       .def_prop_ro("version", &Ledger::version)
       .def_prop_ro("create_time", &Ledger::create_time, "Seconds since the epoch.")
       .def(

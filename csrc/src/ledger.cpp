@@ -40,6 +40,7 @@ const std::string& Ledger::path() const { return file_->path(); }
 uint64_t Ledger::capacity() const { return file_->header().capacity.load(); }
 uint64_t Ledger::headroom() const { return file_->header().headroom.load(); }
 uint64_t Ledger::external() const { return file_->header().external.load(); }
+bool Ledger::told() const { return file_->header().told.load() != 0; }
 uint32_t Ledger::version() const { return file_->header().version.load(); }
 double Ledger::create_time() const { return static_cast<double>(file_->created_ns()) * 1e-9; }
 

@@ -95,7 +95,10 @@ Status tally(LedgerFile& file, Tally& out) {
   const uint64_t headroom = header.headroom.load();
   const uint64_t external = header.external.load();
   const int64_t now = monotonic_ns();
-  out.leased = out.static_bytes = 0;
+  out.leased = 0;
+  uint64_t claimed = 0;  // for anything but KV
+  uint64_t guessed = 0;
+  uint64_t to_come = 0;
   out.state.count = 0;
   for (int index = 0; index < kSlots; ++index) {
     const Slot& slot = file.slot(index);
@@ -104,7 +107,10 @@ Status tally(LedgerFile& file, Tally& out) {
     View& member = out.state.members[out.state.count++];
     view(slot, index, now, member);
     out.leased += member.leased;
-    out.static_bytes += slot.static_bytes.load();
+    const uint64_t own = slot.static_bytes.load();
+    claimed += own;
+    guessed += std::min(slot.guessed.load(), own);
+    to_come += std::min(slot.to_come.load(), own);
   }
   if (capacity > kMaxBytes || headroom > capacity || external > kMaxBytes ||
       out.leased > capacity) {
@@ -112,7 +118,11 @@ Status tally(LedgerFile& file, Tally& out) {
                                          " promises more than its capacity, or has an impossible "
                                          "one; it is damaged. Stop its members and delete it");
   }
-  out.state.avail = Wide{capacity} - headroom - std::max(external, out.static_bytes) - out.leased;
+  // The driver knows what is in use, and not what members were promised on top. Its figure may be
+  // a moment old, so what they say they hold counts if that is more.
+  const uint64_t beside =
+      header.told.load() != 0 ? std::max(external + to_come, claimed - guessed) : claimed;
+  out.state.avail = Wide{capacity} - headroom - beside - out.leased;
   return {};
 }
 
@@ -144,6 +154,8 @@ MemberInfo describe(LedgerFile& file, int index) {
   info.parked = slot.parked.load();
   info.cached = slot.cached.load();
   info.static_bytes = slot.static_bytes.load();
+  info.to_come = slot.to_come.load();
+  info.guessed = slot.guessed.load();
   info.demand = fresh_demand(slot, now);
   info.limit = unless_none(slot.limit.load());
   info.cache_limit = unless_none(slot.cache_limit.load());

@@ -13,7 +13,6 @@ namespace kvc::ledger {
 
 struct Tally {
   uint64_t leased = 0;
-  uint64_t static_bytes = 0;
   State state;
   uint64_t overdraft() const { return state.avail < 0 ? static_cast<uint64_t>(-state.avail) : 0; }
   uint64_t available() const { return state.avail > 0 ? static_cast<uint64_t>(state.avail) : 0; }

@@ -35,6 +35,8 @@ Status check_slot(const Slot& slot, int index, uint64_t capacity) {
                 {"returning bytes", slot.returning, kMaxBytes},
                 {"pinned bytes", slot.pinned, kMaxBytes},
                 {"unmapped bytes", slot.unmapped, kMaxBytes},
+                {"bytes to come", slot.to_come, kMaxBytes},
+                {"guessed bytes", slot.guessed, kMaxBytes},
                 {"guaranteed bytes", slot.guarantee, kMaxBytes},
                 {"bytes of limit", slot.limit, kMaxBytes, kNone},
                 {"of priority", slot.priority, kMaxPriority},

@@ -107,6 +107,9 @@ struct alignas(2048) Slot {
     Word sum_ns;
   } times[kTimes];
   Word unmapped;  // of committed: what the driver may not count yet
+  // Of static_bytes: what the driver does not count yet, and what is a guess of what it counts.
+  Word to_come;
+  Word guessed;
 };
 
 struct alignas(256) Event {

@@ -216,6 +216,8 @@ Status Member::store(Word Slot::* field, int64_t bytes, const char* name) {
 Status Member::set_parked(int64_t bytes) { return store(&Slot::parked, bytes, "parked"); }
 Status Member::set_cached(int64_t bytes) { return store(&Slot::cached, bytes, "cached"); }
 Status Member::set_static(int64_t bytes) { return store(&Slot::static_bytes, bytes, "static"); }
+Status Member::set_to_come(int64_t bytes) { return store(&Slot::to_come, bytes, "to come"); }
+Status Member::set_guessed(int64_t bytes) { return store(&Slot::guessed, bytes, "guessed"); }
 Status Member::set_returning(int64_t bytes) { return store(&Slot::returning, bytes, "returning"); }
 Status Member::set_pinned(int64_t bytes) { return store(&Slot::pinned, bytes, "pinned"); }
 Status Member::set_unmapped(int64_t bytes) { return store(&Slot::unmapped, bytes, "unmapped"); }

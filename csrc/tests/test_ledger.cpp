@@ -135,6 +135,37 @@ TEST_CASE("what members do not account for is external, and only the larger of i
   CHECK(available(*a) == 0);
 }
 
+TEST_CASE("what a member was promised and has not taken counts, whoever else is on the device") {
+  const TempDir dir;
+  auto a = open_ledger(dir.ledger(), 1000);
+  auto m = join(*a, "m", 300);
+  REQUIRE(m->set_to_come(100).ok());
+  CHECK(available(*a) == 700);            // nobody knows what is in use: it is in the 300
+  REQUIRE(a->set_device_used(500).ok());  // 200 of the member, 300 of others
+  CHECK(available(*a) == 400);
+  REQUIRE(m->set_to_come(40).ok());
+  REQUIRE(a->set_device_used(560).ok());
+  CHECK(available(*a) == 400);
+  REQUIRE(m->set_to_come(5000).ok());  // no more than all its own
+  CHECK(available(*a) == 140);
+  CHECK(m->set_to_come(-1).code == Code::invalid_argument);
+  CHECK(members(*a).at(0).to_come == 5000);
+}
+
+TEST_CASE("a guess of what a member holds counts until the driver's figure is there") {
+  const TempDir dir;
+  auto a = open_ledger(dir.ledger(), 1000);
+  auto m = join(*a, "m", 300);
+  REQUIRE(m->set_guessed(100).ok());
+  CHECK(available(*a) == 700);
+  REQUIRE(a->set_device_used(260).ok());  // it was 60
+  CHECK(available(*a) == 740);
+  REQUIRE(a->set_device_used(150).ok());  // from before it took what it says it holds
+  CHECK(available(*a) == 800);
+  CHECK(m->set_guessed(-1).code == Code::invalid_argument);
+  CHECK(members(*a).at(0).guessed == 100);
+}
+
 TEST_CASE("a member shows what it published") {
   const TempDir dir;
   auto a = open_ledger(dir.ledger(), 1000);

@@ -62,6 +62,8 @@ def member(key: str, info: MemberInfo) -> dict[str, Any]:
         "parked_bytes": info.parked,
         "cached_bytes": info.cached,
         "static_bytes": info.static_bytes,
+        "to_come_bytes": info.to_come,
+        "guessed_bytes": info.guessed,
         "demand_bytes": info.demand,
         "asked_bytes": info.asked,
         "asked_running_bytes": info.asked_running,

@@ -24,6 +24,7 @@ class LedgerFrame:
     capacity: int = 0
     headroom: int = 0
     external: int = 0
+    told: bool = False
     created: float = 0.0
     members: tuple[MemberInfo, ...] = ()
     error: str | None = None
@@ -49,8 +50,14 @@ class LedgerFrame:
 
     @property
     def non_kv(self) -> int:
-        """Bytes that are no lease: other processes, weights, graphs, workspace."""
-        return max(self.external, sum(member.static_bytes for member in self.members))
+        """Bytes that are no lease, in use or promised: other processes, weights, workspace."""
+        own = [(m.static_bytes, m.to_come, m.guessed) for m in self.members]
+        static = sum(num_bytes for num_bytes, _, _ in own)
+        if not self.told:
+            return static
+        known = static - sum(min(guessed, num_bytes) for num_bytes, _, guessed in own)
+        to_come = sum(min(more, num_bytes) for num_bytes, more, _ in own)
+        return max(self.external + to_come, known)
 
     # As Ledger.available and overdraft have it. Those reap the dead first, and a look must not:
     # here all numbers of a frame come from one reading, the dead that still hold leases included.
@@ -147,6 +154,7 @@ class Ledgers:
             capacity=ledger.capacity,
             headroom=ledger.headroom,
             external=ledger.external,
+            told=ledger.told,
             created=ledger.create_time,
             members=members,
         )

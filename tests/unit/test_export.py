@@ -92,6 +92,18 @@ def test_overdraft_is_the_ledgers_own(directory: Path, member: Member) -> None:
     assert frame.available == ledger.available() == 0
 
 
+def test_what_is_available_is_as_the_ledger_has_it(directory: Path, member: Member) -> None:
+    ledger = Ledger(directory / "host-0.ledger")
+    member.set_static(50 * MIB)
+    member.set_to_come(20 * MIB)
+    member.set_guessed(15 * MIB)
+    for used in (None, 0, 10 * MIB, 60 * MIB, 300 * MIB):
+        if used is not None:
+            ledger.set_device_used(used)
+        (frame,) = Ledgers(directory).frames()
+        assert frame.available == ledger.available() > 0, used
+
+
 def test_no_limit_is_no_series(directory: Path, member: Member) -> None:
     ledger = Ledger(directory / "host-0.ledger")
     ledger.set_policy(member.slot, member.generation, limit=-1)

@@ -4,14 +4,20 @@
 from __future__ import annotations
 
 import copy
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from kvcached_core import ArenaShape, Ledger, Member, StepOps, WorkerArena, WorkerBinding
 from kvcached_core._core import HostBackend
+from kvcached_core.plan import RankDevice
+from kvcached_core.static_memory import follow_static
+from tests.support.nvml_card import Card
 
 PAGE = 1 << 16
 
@@ -169,3 +175,29 @@ def test_closing_returns_everything(tmp_path: Path) -> None:
     assert rank.member.info().committed == 0
     rank.member.leave()
     assert rank.ledger.total_leased() == 0
+
+
+def test_what_is_not_kv_is_held_or_to_come(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 pages registered, of which the framework's allocator holds 12 and then 16, and a context
+    of 3 pages that the driver does not tell of but counts; beside a trainer with 10.
+    """
+    reserved = [12 * PAGE]
+    cuda = SimpleNamespace(memory_reserved=lambda: reserved[0], empty_cache=lambda: None)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    card = Card(total=69 * PAGE, reserved=5 * PAGE)
+    card.put_in(monkeypatch)
+    rank.member.set_static(20 * PAGE)
+    assert rank.ledger.available() == (64 - 1 - 20) * PAGE
+    card.allocated = (1 + 12 + 3 + 10) * PAGE
+    static = follow_static(rank.arena, RankDevice("cuda", "gpu-1", 64 * PAGE, PAGE, 20 * PAGE))
+    left = (64 - 1 - 20 - 3 - 10) * PAGE
+    assert rank.ledger.available() == left
+    static.refresh(rank.arena.committed_bytes)
+    assert rank.member.info().static_bytes == 20 * PAGE + rank.member.info().guessed
+    assert rank.ledger.available() == left
+    reserved[0] += 4 * PAGE
+    card.allocated += 4 * PAGE
+    time.sleep(0.11)
+    static.refresh(rank.arena.committed_bytes)
+    assert rank.ledger.external == (16 + 3 + 10) * PAGE
+    assert rank.ledger.available() == left

@@ -45,6 +45,8 @@ struct MemberInfo {
   uint64_t parked = 0;
   uint64_t cached = 0;
   uint64_t static_bytes = 0;
+  uint64_t to_come = 0;  // of those: promised, and not taken from the driver yet
+  uint64_t guessed = 0;  // of those: what is not known, but taken; the driver's figure has it
   uint64_t demand = 0;
   std::optional<uint64_t> limit;
   std::optional<uint64_t> cache_limit;
@@ -135,6 +137,10 @@ class Member {
   Status set_parked(int64_t bytes);
   Status set_cached(int64_t bytes);
   Status set_static(int64_t bytes);
+  // Of the static bytes: what is promised and not taken from the driver yet, and what is a guess of
+  // what it counts. More than the static bytes counts as much as those.
+  Status set_to_come(int64_t bytes);
+  Status set_guessed(int64_t bytes);
   Status add_static(int64_t delta);
   // Makes bytes that another member leased, committed and mapped static ones of this member, so
   // that nobody sees them twice or not at all: they are in use by no page any more, also before the
@@ -230,8 +236,11 @@ class Ledger {
   // adoption is dropped, since it would undo that.
   Status set_device_used(int64_t bytes, std::optional<uint64_t> reading = std::nullopt);
   uint64_t reading() const;
-  // What could be leased now: capacity less headroom, leases, and the larger of the external use
-  // and the members' own static use. As lease does, it reaps the dead first.
+  // Whether the driver's figure was ever told. Without one, static bytes are all there is beside
+  // leases; with one it is what the driver says, and what members were promised on top.
+  bool told() const;
+  // What could be leased now: capacity less headroom, leases, and what is in use or promised
+  // beside those. As lease does, it reaps the dead first.
   Status available(uint64_t& bytes);
   Status total_leased(uint64_t& bytes);
   Status total_demand(int except_slot, uint64_t& bytes);
