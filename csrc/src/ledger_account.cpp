@@ -107,7 +107,7 @@ Status tally(LedgerFile& file, Tally& out) {
     View& member = out.state.members[out.state.count++];
     view(slot, index, now, member);
     out.leased += member.leased;
-    const uint64_t own = slot.static_bytes.load();
+    const uint64_t own = slot.static_bytes.load();  // once: it may change, and parts are no more
     claimed += own;
     guessed += std::min(slot.guessed.load(), own);
     to_come += std::min(slot.to_come.load(), own);
@@ -154,8 +154,8 @@ MemberInfo describe(LedgerFile& file, int index) {
   info.parked = slot.parked.load();
   info.cached = slot.cached.load();
   info.static_bytes = slot.static_bytes.load();
-  info.to_come = slot.to_come.load();
-  info.guessed = slot.guessed.load();
+  info.to_come = std::min(slot.to_come.load(), info.static_bytes);
+  info.guessed = std::min(slot.guessed.load(), info.static_bytes);
   info.demand = fresh_demand(slot, now);
   info.limit = unless_none(slot.limit.load());
   info.cache_limit = unless_none(slot.cache_limit.load());

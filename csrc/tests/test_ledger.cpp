@@ -149,7 +149,7 @@ TEST_CASE("what a member was promised and has not taken counts, whoever else is 
   REQUIRE(m->set_to_come(5000).ok());  // no more than all its own
   CHECK(available(*a) == 140);
   CHECK(m->set_to_come(-1).code == Code::invalid_argument);
-  CHECK(members(*a).at(0).to_come == 5000);
+  CHECK(members(*a).at(0).to_come == 300);
 }
 
 TEST_CASE("a guess of what a member holds counts until the driver's figure is there") {

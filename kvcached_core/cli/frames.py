@@ -51,13 +51,12 @@ class LedgerFrame:
     @property
     def non_kv(self) -> int:
         """Bytes that are no lease, in use or promised: other processes, weights, workspace."""
-        own = [(m.static_bytes, m.to_come, m.guessed) for m in self.members]
-        static = sum(num_bytes for num_bytes, _, _ in own)
+        static = sum(member.static_bytes for member in self.members)
         if not self.told:
             return static
-        known = static - sum(min(guessed, num_bytes) for num_bytes, _, guessed in own)
-        to_come = sum(min(more, num_bytes) for num_bytes, more, _ in own)
-        return max(self.external + to_come, known)
+        to_come = sum(member.to_come for member in self.members)
+        guessed = sum(member.guessed for member in self.members)
+        return max(self.external + to_come, static - guessed)
 
     # As Ledger.available and overdraft have it. Those reap the dead first, and a look must not:
     # here all numbers of a frame come from one reading, the dead that still hold leases included.
